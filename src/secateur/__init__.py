@@ -1,0 +1,131 @@
+"""Takes a trained PyTorch model and gives back a smaller, faster one with the same accuracy, and the proof.
+
+The verbs and records of all rooms, by their own names: `import secateur as sc; sc.find_groups(...)`. Each is
+imported when it is first asked for, so that `secateur --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.allocate.plan import Plan, allocate
+    from secateur.allocate.sparsity_guided import SparsityGuided
+    from secateur.allocate.threshold import global_threshold
+    from secateur.allocate.uniform import Uniform
+    from secateur.errors import SecateurError
+    from secateur.graph.groups import find_groups
+    from secateur.measure.accuracy import accuracy
+    from secateur.measure.latency import compare_latency, latency
+    from secateur.measure.macs import count_macs
+    from secateur.measure.measurement import Measurement, measure
+    from secateur.measure.params import count_params, file_bytes
+    from secateur.measure.sparsity import SparsityTable, sparsity
+    from secateur.recipe.folder import load
+    from secateur.recipe.reading import read_recipe
+    from secateur.recipe.run import resume, run
+    from secateur.recipe.schema import Recipe
+    from secateur.recover.history import History
+    from secateur.recover.train import Stage, fine_tune
+    from secateur.report.ledger import Ledger, RunRecord
+    from secateur.report.page import write_page
+    from secateur.score.magnitude import Magnitude
+    from secateur.score.random import Random
+    from secateur.score.scoring import score
+    from secateur.surgery.certify import certify
+    from secateur.surgery.cut import apply
+    from secateur.surgery.masks import Masks, find_masks
+    from secateur.zoo.data import Data, load_data
+    from secateur.zoo.models import build_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Data",
+    "History",
+    "Ledger",
+    "Magnitude",
+    "Masks",
+    "Measurement",
+    "Plan",
+    "Random",
+    "Recipe",
+    "RunRecord",
+    "SecateurError",
+    "SparsityGuided",
+    "SparsityTable",
+    "Stage",
+    "Uniform",
+    "__version__",
+    "accuracy",
+    "allocate",
+    "apply",
+    "build_model",
+    "certify",
+    "compare_latency",
+    "count_macs",
+    "count_params",
+    "file_bytes",
+    "find_groups",
+    "find_masks",
+    "fine_tune",
+    "global_threshold",
+    "latency",
+    "load",
+    "load_data",
+    "measure",
+    "read_recipe",
+    "resume",
+    "run",
+    "score",
+    "sparsity",
+    "write_page",
+]
+
+_HOMES = MappingProxyType(
+    {
+        "allocate.plan": ("Plan", "allocate"),
+        "allocate.sparsity_guided": ("SparsityGuided",),
+        "allocate.threshold": ("global_threshold",),
+        "allocate.uniform": ("Uniform",),
+        "errors": ("SecateurError",),
+        "graph.groups": ("find_groups",),
+        "measure.accuracy": ("accuracy",),
+        "measure.latency": ("compare_latency", "latency"),
+        "measure.macs": ("count_macs",),
+        "measure.measurement": ("Measurement", "measure"),
+        "measure.params": ("count_params", "file_bytes"),
+        "measure.sparsity": ("SparsityTable", "sparsity"),
+        "recipe.folder": ("load",),
+        "recipe.reading": ("read_recipe",),
+        "recipe.run": ("resume", "run"),
+        "recipe.schema": ("Recipe",),
+        "recover.history": ("History",),
+        "recover.train": ("Stage", "fine_tune"),
+        "report.ledger": ("Ledger", "RunRecord"),
+        "report.page": ("write_page",),
+        "score.scoring": ("score",),
+        "score.magnitude": ("Magnitude",),
+        "score.random": ("Random",),
+        "surgery.certify": ("certify",),
+        "surgery.cut": ("apply",),
+        "surgery.masks": ("Masks", "find_masks"),
+        "zoo.data": ("Data", "load_data"),
+        "zoo.models": ("build_model",),
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"secateur.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

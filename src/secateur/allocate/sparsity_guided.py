@@ -1,0 +1,44 @@
+"""The report's own idea: a layer's share of channels to cut is its sparsity under global magnitude pruning.
+
+Global pruning compares weights over all layers, so it finds where the network has weights to spare; cutting that share
+of each layer's channels turns the finding into a smaller dense network: `out - floor(out * sparsity)` stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.errors import PlanError
+from secateur.graph.records import Group, Groups
+from secateur.measure.sparsity import SparsityTable
+
+
+@dataclass(frozen=True)
+class SparsityGuided:
+    """Shares from the sparsity of each weight tensor.
+
+    Layers that must keep the same channels (the ends of a residual stream) share one ratio: the zeros of all tensors
+    that make the group's units, over their elements.
+
+    Args:
+        table: zeros and elements of each weight tensor, such as `find_masks(model, 0.8).table()`.
+    """
+
+    table: SparsityTable
+
+    def __call__(self, groups: Groups) -> Sequence[float]:
+        """One share per group; PlanError if the table does not know a group's tensors."""
+        return [self._share(group) for group in groups.groups]
+
+    def _share(self, group: Group) -> float:
+        rows = {row.name: row for row in self.table.rows}
+        made = {slot.tensor for slot in group.slots if slot.role == "write"}
+        known = [rows[name] for name in made if name in rows]
+        if not known:
+            raise PlanError(
+                f"the sparsity table has no row for {', '.join(sorted(made)) or group.name}, which group {group.name!r} "
+                f"is made by; it has {', '.join(list(rows)[:6])}. Make the table for all layers, or keep this group."
+            )
+        # Fractions in floats, as the report computed them: zeros / elements, then floor(out * sparsity).
+        return sum(row.zeros for row in known) / sum(row.elements for row in known)

@@ -1,0 +1,218 @@
+"""Trace -> which units are one, and where they are: run every op's rule, then solve.
+
+`analyse` is what `find_groups`, the masks and the certificate share: the groups for the caller, and for each
+value of the trace the units along its axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from secateur.graph.axes import Contraction, Field, Ids, PythonInt, Solution, Step
+from secateur.graph.capture import Ref, Trace
+from secateur.graph.records import Frozen, Group, Groups, Int, Slot, TensorInfo
+from secateur.graph.rules import KERNEL, rule_for
+
+ROLES = ("write", "read", "scale")
+
+
+@dataclass(frozen=True)
+class UnitBlock:
+    """Units along some axes of a value, numbered as `Groups.unit_names` does; -1 is one that always stays."""
+
+    dims: tuple[int, ...]
+    units: Ids
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The groups of a trace, the units on each of its values, and the places where units end."""
+
+    trace: Trace
+    groups: Groups
+    blocks: Mapping[int, tuple[UnitBlock, ...]]
+    contractions: tuple[tuple[Contraction, UnitBlock], ...]
+
+    def units_of(self, ref: Ref) -> tuple[UnitBlock, ...]:
+        return self.blocks.get(ref.id, ())
+
+
+def analyse(trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = ()) -> Analysis:
+    """Groups of a captured model.
+
+    Args:
+        trace: what `capture` recorded of `model` (or of its twin).
+        model: read for its tensors' names and its modules' integers; not run.
+        frozen: (value, reason): units on these values may not be cut, found out by the probe.
+    """
+    state = propagate(trace)
+    for value, reason in frozen:
+        for block in state.blocks.get(value, ()):
+            state.units.freeze(block.ids, reason)
+    solution = _rectangular(state)
+    units, groups = _form_groups(state, solution, model)
+    numbered = {
+        ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
+        for ref, blocks in state.blocks.items()
+        if blocks
+    }
+    ends = tuple((c, UnitBlock(c.block.dims, units[solution.root[c.block.ids]])) for c in state.contractions)
+    return Analysis(trace, groups, numbered, ends)
+
+
+def propagate(trace: Trace) -> Field:
+    """Run every op's rule over the units."""
+    state = Field(trace.values)
+    for index, call in enumerate(trace.calls):
+        step = Step(state, index, call)
+        rule = rule_for(call)
+        if rule is not None and any(ref is not None for ref in call.outputs):
+            try:
+                rule(step)
+            except (ValueError, IndexError, TypeError, AssertionError) as error:
+                step.abandon(error)
+        step.close()
+    for ref in trace.outputs:
+        for block in state.on(ref):
+            state.units.freeze(block.ids, "reaches the model's output")
+    return state
+
+
+def _rectangular(state: Field) -> Solution:
+    """Solve; where a reshape split an axis and a cut could leave a ragged block, tie whole rows; solve again."""
+    while True:
+        solution = state.units.solve()
+        ragged = [(ids, whole) for ids, whole in state.splits if not _is_rectangular(ids, whole, solution)]
+        if not ragged:
+            return solution
+        for ids, whole in ragged:
+            axis = max((a for a in range(ids.ndim) if a != whole), key=lambda a: (ids.shape[a], -a))
+            rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
+            state.units.unite(rows[:, :1], rows)
+
+
+def _is_rectangular(ids: Ids, whole: int | None, solution: Solution) -> bool:
+    """Whether there is an axis along which every slice is one unit, or frozen."""
+    roots = solution.root[ids]
+    for axis in range(ids.ndim):
+        rows = np.moveaxis(roots, axis, 0).reshape(ids.shape[axis], -1)
+        same = (rows == rows[:, :1]).all(axis=1)
+        if (same | solution.frozen(rows).all(axis=1)).all() and axis != whole:
+            return True
+    return bool(solution.frozen(roots).all())
+
+
+def _form_groups(state: Field, solution: Solution, model: nn.Module) -> tuple[Ids, Groups]:
+    """Units that touch the same axes, of tensors and of values on the way, form a group: they are interchangeable.
+
+    Returns the number of each class as well.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = {**parameters, **dict(model.named_buffers())}
+    order = {name: i for i, name in enumerate(tensors)}
+    owners = sorted(state.owners, key=lambda owner: (order[owner[1]], owner[2]))
+    places: dict[int, list[tuple[int, int]]] = {}
+    for slot, (start, tensor, dim) in enumerate(owners):
+        roots = solution.root[start : start + tensors[tensor].shape[dim]]
+        for position in np.flatnonzero(~solution.frozen(roots)):
+            places.setdefault(int(roots[position]), []).append((slot, int(position)))
+    path = _paths(state, solution)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for root, spots in places.items():
+        alike.setdefault((int(path[root]), *sorted(slot for slot, _ in spots)), []).append(root)
+    units = np.full(len(solution.root) + 1, -1, np.int64)
+    groups: list[Group] = []
+    count = 0
+    for roots_of in alike.values():
+        units[roots_of] = np.arange(count, count + len(roots_of))
+        count += len(roots_of)
+        groups.append(_group(state, solution, owners, places, roots_of, {g.name for g in groups}))
+    found = Groups(
+        groups=tuple(groups),
+        frozen=_frozen_axes(owners, solution, tensors),
+        ints=_find_ints(state.ints, solution, units, model),
+        tensors=tuple(TensorInfo(n, tuple(t.shape), n in parameters) for n, t in tensors.items()),
+    )
+    return units, found
+
+
+def _paths(state: Field, solution: Solution) -> Ids:
+    """For each class a fingerprint of the values on which its units are."""
+    marks = np.random.default_rng(0).integers(np.iinfo(np.int64).max, size=len(state.values))
+    path = np.zeros(len(solution.root) + 1, np.int64)
+    for ref, blocks in state.blocks.items():
+        for block in blocks:
+            path[np.unique(solution.root[block.ids])] ^= marks[ref] + sum(block.dims)
+    return path
+
+
+def _group(
+    state: Field,
+    solution: Solution,
+    owners: Sequence[tuple[int, str, int]],
+    places: Mapping[int, Sequence[tuple[int, int]]],
+    roots: Sequence[int],
+    taken: set[str],
+) -> Group:
+    index: dict[int, list[tuple[int, ...]]] = {}
+    for root in roots:
+        here: dict[int, list[int]] = {}
+        for slot, position in places[root]:
+            here.setdefault(slot, []).append(position)
+        for slot, positions in here.items():
+            index.setdefault(slot, []).append(tuple(positions))
+    slots = tuple(
+        Slot(tensor, dim, state.roles.get((tensor, dim), "scale"), tuple(index[slot]))
+        for slot, (_, tensor, dim) in enumerate(owners)
+        if slot in index
+    )
+    lead = next((s for role in ROLES for s in slots if s.role == role), slots[0])
+    base = lead.tensor.rpartition(".")[0] or lead.tensor
+    name = next(n for k in range(1, len(taken) + 2) if (n := base if k == 1 else f"{base}#{k}") not in taken)
+    return Group(name, len(roots), slots, solution.why_inexact(int(roots[0])))
+
+
+def _frozen_axes(
+    owners: Sequence[tuple[int, str, int]], solution: Solution, tensors: Mapping[str, object]
+) -> tuple[Frozen, ...]:
+    """Each axis with frozen units and why, but for kernel positions, which nobody would cut."""
+    out = []
+    for start, tensor, dim in owners:
+        size = getattr(tensors[tensor], "shape")[dim]
+        roots = solution.root[start : start + size]
+        stuck = roots[solution.frozen(roots)]
+        if stuck.size and (reason := solution.why_frozen(int(stuck[0]))) != KERNEL:
+            out.append(Frozen(tensor, dim, int(stuck.size), size, reason))
+    return tuple(out)
+
+
+def _find_ints(ints: Sequence[PythonInt], solution: Solution, units: Ids, model: nn.Module) -> tuple[Int, ...]:
+    """The module attribute that holds each integer, where there is exactly one."""
+    found: dict[tuple[str, str, int | None], Int] = {}
+    for item in ints:
+        numbers = units[solution.root[item.ids]]
+        attribute = _attribute(model.get_submodule(item.module), item) if (numbers >= 0).any() else None
+        if attribute is not None:
+            key = (item.module, attribute[0], attribute[1])
+            found.setdefault(key, Int(*key, item.value, tuple(numbers.tolist())))
+    return tuple(found.values())
+
+
+def _attribute(module: nn.Module, item: PythonInt) -> tuple[str, int | None] | None:
+    """(name, position) of the attribute with this value: by name, or the only one that has it."""
+
+    def same(held: object) -> bool:
+        if isinstance(item.value, tuple):
+            return isinstance(held, tuple | list) and tuple(held) == item.value
+        return isinstance(held, int) and not isinstance(held, bool) and held == item.value
+
+    held = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    named = [name for name in item.names if same(held.get(name))]
+    others = [name for name, value in held.items() if same(value)] if item.search else []
+    if named or len(others) == 1:
+        return (named or others)[0], item.position
+    return None

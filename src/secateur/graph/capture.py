@@ -1,0 +1,266 @@
+"""Run the model once and write down every ATen op that it executes: a `Trace`.
+
+Capture is by running, not by tracing Python: whatever control flow the model has, the ops arrive here one by
+one. The run happens on a copy whose tensors are fake (shapes without arithmetic or memory); a model whose control
+flow needs values is run on real ones. The caller's model is never called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from secateur.errors import CaptureError
+
+Nested = Any
+"""Any nesting of tuple, list, dict and dataclass with tensors at its leaves."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the trace, in the place where the tensor stood; an in-place write makes a new value."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape, dtype and origin of a value; `name` is that of the parameter or buffer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: str  # "parameter", "buffer", "input", "constant" or "op"
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor."""
+
+    op: torch._ops.OpOverload[Any, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Ref | None, ...]
+    module: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.op} in {self.module or 'the model itself'}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that one forward pass did, in order; `fake` says whether it ran without arithmetic."""
+
+    calls: tuple[Call, ...]
+    values: tuple[Value, ...]
+    outputs: tuple[Ref, ...]
+    fake: bool
+
+
+def as_arguments(example_inputs: Nested) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as the caller gave them -> (args, kwargs): a dict is keywords, a tuple or list positions."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def map_tensors(function: Callable[[Tensor], Any], nested: Nested) -> Nested:
+    """The same nesting with `function` applied to each tensor."""
+    if isinstance(nested, Tensor):
+        return function(nested)
+    if isinstance(nested, Mapping):
+        return {key: map_tensors(function, item) for key, item in nested.items()}
+    if isinstance(nested, tuple | list):
+        items = [map_tensors(function, item) for item in nested]
+        named = isinstance(nested, tuple) and type(nested) is not tuple and issubclass(type(nested), tuple)
+        return type(nested)(*items) if named else type(nested)(items)
+    return nested
+
+
+def tensors_in(nested: Nested) -> Iterator[Tensor]:
+    """The tensors at the leaves, in order; dataclasses are looked into as well."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Mapping):
+        for item in nested.values():
+            yield from tensors_in(item)
+    elif isinstance(nested, tuple | list):
+        for item in nested:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(nested) and not isinstance(nested, type):
+        for entry in dataclasses.fields(nested):
+            yield from tensors_in(getattr(nested, entry.name))
+
+
+def run(model: nn.Module, example_inputs: Nested) -> Any:
+    """One forward pass of `model`, without gradients, on inputs given as `as_arguments` reads them."""
+    args, kwargs = as_arguments(example_inputs)
+    with torch.no_grad(), _slow_attention():
+        return model(*args, **kwargs)
+
+
+def capture(model: nn.Module, example_inputs: Nested) -> Trace:
+    """The trace of one forward pass in eval mode, on a copy.
+
+    Args:
+        model: any module; left exactly as found.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        CaptureError: the model does not run on these inputs; names the module and the op.
+
+    >>> trace = capture(nn.Linear(3, 2), torch.zeros(1, 3))
+    >>> [str(call.op) for call in trace.calls]
+    ['aten.t.default', 'aten.addmm.default']
+    """
+    try:
+        with fake_copy(model, example_inputs) as (twin, inputs):
+            return record(twin, inputs, fake=True)
+    except CaptureError:
+        twin = copy.deepcopy(model).eval()
+        return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
+
+
+@contextlib.contextmanager
+def fake_copy(model: nn.Module, example_inputs: Nested) -> Iterator[tuple[nn.Module, Nested]]:
+    """A copy of the model in eval mode and of its inputs, with shapes but no memory and no arithmetic."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy asks its memo first: given the fake twin there, it never copies a tensor's memory.
+    memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
+    twin = copy.deepcopy(model, memo).eval()
+    inputs = map_tensors(mode.from_tensor, example_inputs)
+    with mode:
+        yield twin, inputs
+
+
+def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:
+    """Run `twin`, which is ours to touch, under the recorder."""
+    with recording(twin) as recorder:
+        for tensor in tensors_in(inputs):
+            recorder.register(tensor, "input")
+        try:
+            outputs = run(twin, inputs)
+        except Exception as error:
+            where = f"module {recorder.module!r}" if recorder.module else "the model's own forward"
+            raise CaptureError(
+                f"the model did not run on the example inputs: {where} stopped after {recorder.last_op}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                "Check the inputs' shapes and types."
+            ) from error
+        return recorder.trace(outputs, fake)
+
+
+@contextlib.contextmanager
+def recording(twin: nn.Module) -> Iterator[Recorder]:
+    """A recorder in force, which knows the twin's parameters and in which module each op runs."""
+    recorder = Recorder()
+    for name, parameter in twin.named_parameters():
+        recorder.register(parameter, "parameter", name)
+    for name, buffer in twin.named_buffers():
+        recorder.register(buffer, "buffer", name)
+    handles = []
+    for name, module in twin.named_modules():
+        handles.append(module.register_forward_pre_hook(recorder.entering(name)))
+        handles.append(module.register_forward_hook(recorder.leaving()))
+    try:
+        with recorder:
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Stack:
+    names: list[str] = field(default_factory=list)
+
+
+class Recorder(TorchDispatchMode):
+    """The dispatch mode that writes the trace down; `prim` ops, which only ask a fake tensor its device, are not ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[Call] = []
+        self._values: list[Value] = []
+        self._refs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._stack = _Stack()
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        return self._calls
+
+    @property
+    def values(self) -> Sequence[Value]:
+        return self._values
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the innermost module that is running."""
+        return self._stack.names[-1] if self._stack.names else ""
+
+    @property
+    def last_op(self) -> str:
+        return str(self._calls[-1].op) if self._calls else "no op"
+
+    def entering(self, name: str) -> Callable[..., None]:
+        def push(*_: Any) -> None:
+            self._stack.names.append(name)
+
+        return push
+
+    def leaving(self) -> Callable[..., None]:
+        def pop(*_: Any) -> None:
+            self._stack.names.pop()
+
+        return pop
+
+    def register(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
+        ref = Ref(len(self._values))
+        self._values.append(Value(tuple(tensor.shape), tensor.dtype, origin, name))
+        self._refs[tensor] = ref
+        return ref
+
+    def ref(self, tensor: Tensor) -> Ref:
+        found = self._refs.get(tensor)
+        return found if isinstance(found, Ref) else self.register(tensor, "constant")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        noted_args = map_tensors(self.ref, tuple(args))
+        noted_kwargs = map_tensors(self.ref, dict(kwargs))
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        refs = tuple(self.register(item, "op") if isinstance(item, Tensor) else None for item in outputs)
+        self._calls.append(Call(func, noted_args, noted_kwargs, refs, self.module))
+        return result
+
+    def trace(self, outputs: Nested, fake: bool) -> Trace:
+        refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
+        return Trace(tuple(self._calls), tuple(self._values), refs, fake)
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """`nn.MultiheadAttention` has a fused path that hides its ops; off while we look, then as it was."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,30 @@
+"""`find_groups`: any model and example inputs -> `Groups`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from secateur.graph.capture import capture
+from secateur.graph.probe import settle
+from secateur.graph.records import Groups
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
+    """Every channel group of the model: what can be cut, with all that must go along, and what cannot and why.
+
+    Args:
+        model: any module, in train or eval mode; left exactly as found.
+        example_inputs: one tensor, a tuple of positional or a dict of keyword arguments; a batch of one or two does.
+
+    Raises:
+        CaptureError: the model does not run on these inputs.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
+    >>> (group,) = find_groups(net, torch.zeros(2, 3, 4, 4)).groups
+    >>> group.size, [(slot.tensor, slot.dim, len(slot.index[0])) for slot in group.slots][-1]
+    (8, ('3.weight', 1, 4))
+    """
+    return settle(model, example_inputs, capture(model, example_inputs)).groups

@@ -1,0 +1,321 @@
+"""Rules of the ops that move data without mixing it: they move the units, and nothing is special about any of them.
+
+The one with an algorithm is `view`; the others are the op itself, carried out on the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from secateur.graph.axes import Block, Ids, Step
+from secateur.graph.capture import Ref
+
+
+def permute(step: Step) -> None:
+    """permute, transpose, t, movedim, swapaxes: output axis i is input axis order[i]."""
+    x: Ref = step.arg(0)
+    rank = len(step.shape(x))
+    name = step.call.op.overloadpacket.__name__.rstrip("_")
+    if name == "permute":
+        order = [d % rank for d in step.arg(1)]
+    else:
+        a, b = (step.arg(1) % rank, step.arg(2) % rank) if name == "transpose" else (0, rank - 1)
+        order = list(range(rank))
+        order[a], order[b] = order[b], order[a]
+    step.carry(relabel(block, {old: new for new, old in enumerate(order)}) for block in step.blocks(x))
+
+
+def relabel(block: Block, to: dict[int, int]) -> Block:
+    """The block with its axes at new places, kept in ascending order."""
+    dims = [to[d] for d in block.dims]
+    rank = np.argsort(dims)
+    return Block(tuple(sorted(dims)), block.ids.transpose(list(rank)))
+
+
+def unsqueeze(step: Step) -> None:
+    """A new axis of size 1: the axes behind it move by one."""
+    x: Ref = step.arg(0)
+    at = step.arg(1) % (len(step.shape(x)) + 1)
+    step.carry(relabel(b, {d: d + (d >= at) for d in b.dims}) for b in step.blocks(x))
+
+
+def squeeze(step: Step) -> None:
+    """Axes of size 1 go; the output's shape tells which, since axes of size 1 carry no units."""
+    x: Ref = step.arg(0)
+    rank = len(step.shape(x))
+    wanted = step.arg(1, default=None)
+    dims = range(rank) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+    gone = {d % rank for d in dims if step.shape(x)[d] == 1}
+    kept = {old: new for new, old in enumerate(d for d in range(rank) if d not in gone)}
+    step.carry(relabel(b, kept) for b in step.blocks(x))
+
+
+def expand(step: Step) -> None:
+    """expand: axes are aligned at the right, those of size 1 repeat and carry nothing."""
+    x: Ref = step.arg(0)
+    shift = len(step.shape(step.output)) - len(step.shape(x))
+    step.carry(relabel(b, {d: d + shift for d in b.dims}) for b in step.blocks(x))
+
+
+def slice_axis(step: Step) -> None:
+    """slice keeps a range of one axis; the units outside it are other slices' business."""
+    x: Ref = step.arg(0)
+    dim = step.arg(1, "dim", 0) % len(step.shape(x))
+    piece = slice(step.arg(2, "start"), step.arg(3, "end"), step.arg(4, "step", 1))
+    step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)])
+
+
+def flip(step: Step) -> None:
+    """flip reverses each axis named."""
+    _reorder(step, lambda ids, _: ids[::-1], step.arg(1))
+
+
+def roll(step: Step) -> None:
+    """roll shifts each axis named round; an axis that is flattened first cannot be followed."""
+    shifts, dims = step.arg(1), step.arg(2, "dims", [])
+    if dims:
+        _reorder(step, lambda ids, i: np.roll(ids, shifts[i], axis=0), dims)
+
+
+def _reorder(step: Step, function: Callable[[Ids, int], Ids], dims: Sequence[int]) -> None:
+    x: Ref = step.arg(0)
+    rank = len(step.shape(x))
+    at = {d % rank: i for i, d in enumerate(dims)}
+    blocks = []
+    for block in step.blocks(x):
+        ids = block.ids
+        for axis, dim in enumerate(block.dims):
+            if dim in at:
+                ids = np.moveaxis(function(np.moveaxis(ids, axis, 0), at[dim]), 0, axis)
+        blocks.append(Block(block.dims, ids))
+    step.carry(blocks)
+
+
+def select(step: Step) -> None:
+    """select takes one index of an axis away; on an axis with units only the outer part of a split can go so."""
+    x: Ref = step.arg(0)
+    dim, index = step.arg(1) % len(step.shape(x)), step.arg(2)
+    step.carry(_without(step, block, dim, index) for block in step.blocks(x))
+
+
+def unbind(step: Step) -> None:
+    """unbind is one select for each index."""
+    x: Ref = step.arg(0)
+    dim = step.arg(1, "dim", 0) % len(step.shape(x))
+    for index in range(len(step.call.outputs)):
+        step.carry([_without(step, block, dim, index) for block in step.blocks(x)], output=index)
+
+
+def _without(step: Step, block: Block, dim: int, index: int) -> Block:
+    """The block with axis `dim` taken at `index`; a block on that axis alone is lost, so `close` freezes it."""
+    ids, dims = block.ids, block.dims
+    if dim in dims:
+        ids = np.take(ids, index, axis=dims.index(dim))
+        if len(dims) > 1:
+            step.end(block.ids)
+            step.splits(block.ids, whole=block.dims.index(dim))
+        else:
+            ids = ids.reshape(())
+        dims = tuple(d for d in dims if d != dim)
+    return Block(tuple(d - (d > dim) for d in dims), ids)
+
+
+def split(step: Step) -> None:
+    """split, split_with_sizes, chunk: the pieces in order."""
+    x: Ref = step.arg(0)
+    dim = step.arg(2, "dim", 0) % len(step.shape(x))
+    start = 0
+    for index, ref in enumerate(step.call.outputs):
+        size = step.shape(ref)[dim] if ref is not None else 0
+        piece = slice(start, start + size)
+        step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)], output=index)
+        start += size
+
+
+def _cut(step: Step, block: Block, dim: int, piece: slice) -> Block:
+    if dim not in block.dims:
+        return block
+    at = [slice(None)] * len(block.dims)
+    at[block.dims.index(dim)] = piece
+    step.end(block.ids)
+    return Block(block.dims, block.ids[tuple(at)])
+
+
+def cat(step: Step) -> None:
+    """cat along an axis puts the units one behind the other; along the others it unites them."""
+    refs: list[Ref] = [ref for ref in step.arg(0) if len(step.shape(ref)) > 1 or step.shape(ref)[0] > 0]
+    rank = len(step.shape(step.output))
+    dim = step.arg(1, "dim", 0) % rank
+    along: list[Ids] = []
+    live = any(dim in block.dims for ref in refs for block in step.blocks(ref))
+    across: dict[int, list[Ids | None]] = {d: [] for d in range(rank) if d != dim}
+    for ref in refs:
+        axes = {d: step.axis(ref, d) for d in range(rank)}
+        own = axes[dim]
+        if live and own is None:
+            own = step.units.fresh(step.shape(ref)[dim])
+            step.freeze(own, "is concatenated from parts that cannot be cut")
+        if own is not None:
+            along.append(own)
+        for d, row in across.items():
+            row.append(axes[d])
+    blocks = [Block((dim,), np.concatenate(along))] if live else []
+    for d, row in across.items():
+        blocks += _united(step, d, row)
+    step.carry(blocks)
+
+
+def stack(step: Step) -> None:
+    """stack unites all axes; the new one carries no units."""
+    refs: list[Ref] = list(step.arg(0))
+    rank = len(step.shape(step.output))
+    at = step.arg(1, "dim", 0) % rank
+    blocks: list[Block] = []
+    for d in range(rank - 1):
+        blocks += _united(step, d + (d >= at), [step.axis(ref, d) for ref in refs])
+    step.carry(blocks)
+
+
+def _united(step: Step, dim: int, row: Sequence[Ids | None]) -> list[Block]:
+    ids = [axis for axis in row if axis is not None]
+    for other in ids[1:]:
+        step.units.unite(ids[0], other)
+        step.end(other)
+    if ids and len(ids) < len(row):
+        step.freeze(ids[0], "meets an axis that cannot be cut")
+    return [Block((dim,), ids[0])] if ids else []
+
+
+def pad(step: Step) -> None:
+    """constant_pad_nd: what is padded on gets units of its own, free to go with whatever they meet."""
+    x: Ref = step.arg(0)
+    rank, widths = len(step.shape(x)), step.arg(1)
+    blocks = []
+    for block in step.blocks(x):
+        at = rank - 1 - np.arange(len(widths) // 2)
+        padded = [d for d in block.dims if d in at and any(widths[2 * (rank - 1 - d) :][:2])]
+        if not padded:
+            blocks.append(block)
+            continue
+        single = step.fold(block)
+        if single.dims[0] in padded:
+            position = 2 * (rank - 1 - single.dims[0])
+            before, after = (step.units.fresh(max(0, n)) for n in widths[position : position + 2])
+            ids = np.concatenate([before, single.ids, after])
+            ids = ids[max(0, -widths[position]) : len(ids) - max(0, -widths[position + 1])]
+            step.end(single.ids)
+            step.counts(before, widths, "padding", position=position, search=True)
+            step.counts(after, widths, "padding", position=position + 1, search=True)
+            single = Block(single.dims, ids)
+        blocks.append(single)
+    step.carry(blocks)
+
+
+def repeat(step: Step) -> None:
+    """repeat tiles the numbers as it tiles the data."""
+    x: Ref = step.arg(0)
+    times = step.arg(1)
+    shift = len(times) - len(step.shape(x))
+    blocks = []
+    for block in step.blocks(x):
+        moved = relabel(block, {d: d + shift for d in block.dims})
+        blocks.append(Block(moved.dims, np.tile(moved.ids, [times[d] for d in moved.dims])))
+    step.carry(blocks)
+
+
+def view(step: Step) -> None:
+    """view, reshape, flatten: old and new axes fall into segments of equal size; units follow their segment.
+
+    A segment that splits an axis gives one block of several axes; a segment that merges axes repeats each unit
+    for every index of the axes merged with it.
+    """
+    x: Ref = step.arg(0)
+    old, new = step.shape(x), step.shape(step.output)
+    if 0 in old:
+        return
+    parts = segments(old, new)
+    blocks = step.blocks(x)
+    out = []
+    for block in blocks:
+        own = [part for part in parts if set(part[0]) & set(block.dims)]
+        before = [d for part in own for d in part[0]]
+        after = [d for part in own for d in part[1]]
+        if any(other is not block and set(other.dims) & set(before) for other in blocks):
+            continue  # Two axes with units merge into one: no number can stand for a pair; `close` freezes both.
+        sparse = block.ids.reshape([old[d] if d in block.dims else 1 for d in before])
+        ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])
+        out.append(_trim(Block(tuple(after), ids)))
+    for block in out:
+        if len(block.dims) > 1:
+            step.splits(block.ids)
+        else:
+            step.counts(block.ids, new[block.dims[0]], search=True)
+    step.carry(out)
+
+
+def _trim(block: Block) -> Block:
+    """Without the axes along which the units do not change."""
+    dims, ids = list(block.dims), block.ids
+    for axis in range(ids.ndim - 1, -1, -1):
+        first = np.take(ids, [0], axis=axis)
+        if ids.ndim > 1 and bool((ids == first).all()):
+            ids = np.take(ids, 0, axis=axis)
+            del dims[axis]
+    return Block(tuple(dims), ids)
+
+
+def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The finest pairing of runs of old axes with runs of new axes of the same size.
+
+    >>> segments((2, 12, 49), (2, 3, 4, 49))
+    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
+    """
+    out = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [i] if i < len(old) else [], [j] if j < len(new) else []
+        i, j = i + len(before), j + len(after)
+        while math.prod(old[d] for d in before) != math.prod(new[d] for d in after):
+            if math.prod(old[d] for d in before) < math.prod(new[d] for d in after):
+                before.append(i)
+                i += 1
+            else:
+                after.append(j)
+                j += 1
+        out.append((tuple(before), tuple(after)))
+    return out
+
+
+def pixel_shuffle(step: Step) -> None:
+    """pixel_shuffle: r x r channels become one; they go together."""
+    x: Ref = step.arg(0)
+    rank, factor = len(step.shape(x)), step.arg(1)
+    ids = step.axis(x, rank - 3)
+    if ids is not None:
+        rows = ids.reshape(-1, factor * factor)
+        step.units.unite(rows[:, :1], rows)
+        step.end(ids)
+        step.carry([Block((rank - 3,), rows[:, 0])])
+
+
+def pixel_unshuffle(step: Step) -> None:
+    """pixel_unshuffle: each channel becomes r x r."""
+    x: Ref = step.arg(0)
+    rank, factor = len(step.shape(x)), step.arg(1)
+    ids = step.axis(x, rank - 3)
+    if ids is not None:
+        step.carry([Block((rank - 3,), np.repeat(ids, factor * factor))])
+
+
+def channel_shuffle(step: Step) -> None:
+    """channel_shuffle: (groups, width) transposed, as the op does it."""
+    x: Ref = step.arg(0)
+    groups = step.arg(1)
+    ids = step.axis(x, 1)
+    if ids is not None:
+        split_ids = ids.reshape(groups, -1)
+        step.splits(split_ids)
+        step.carry([Block((1,), split_ids.T.ravel())])

@@ -1,0 +1,64 @@
+"""A copy of a model with other tensors and other integers: how every cut is carried out.
+
+`copy.deepcopy` asks its memo before it copies anything; given the new tensors there, it puts them wherever the old
+ones stood (tied weights stay tied, hooks and parametrizations come along) and never copies the old ones' memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], attributes: Attributes) -> nn.Module:
+    """A deep copy of `model` in which the named tensors and attributes have been replaced.
+
+    Args:
+        model: left untouched.
+        tensors: parameter or buffer name -> what stands in its place.
+        attributes: module path -> attribute -> value.
+    """
+    memo: dict[int, Any] = {}
+    for name, old in [*model.named_parameters(), *model.named_buffers()]:
+        if name in tensors:
+            memo[id(old)] = as_kind(tensors[name], old)
+    twin = copy.deepcopy(model, memo)
+    set_attributes(twin, attributes)
+    return twin
+
+
+def narrow(model: nn.Module, kept: Mapping[str, Mapping[int, list[int]]]) -> dict[str, Tensor]:
+    """The tensors that a cut changes, each with only the indices that stay."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        return {name: _take(named[name].detach(), dims) for name, dims in kept.items()}
+
+
+def set_attributes(model: nn.Module, attributes: Attributes) -> None:
+    """Give modules their new integers; a list stays a list."""
+    for path, values in attributes.items():
+        module = model.get_submodule(path)
+        for name, value in values.items():
+            held = getattr(module, name)
+            setattr(module, name, list(value) if isinstance(held, list) and isinstance(value, tuple) else value)
+
+
+def as_kind(new: Tensor, old: Tensor) -> Tensor:
+    """`new` as what `old` is: a parameter that does or does not want gradients, or a plain buffer."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def _take(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    last = last and not tensor.is_contiguous()
+    for dim, indices in dims.items():
+        tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor

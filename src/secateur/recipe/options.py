@@ -1,0 +1,138 @@
+"""The command line's options as recipes, models and records: what is left out gets its default here.
+
+Whatever is wrong is raised as the reading of a recipe file raises it, in one sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.codec.files import replacing
+from secateur.errors import ModelError, RecipeError, UnknownName
+from secateur.graph.groups import find_groups
+from secateur.graph.records import Groups
+from secateur.measure.measurement import measure
+from secateur.measure.sparsity import SparsityTable
+from secateur.recipe.folder import load
+from secateur.recipe.reading import anchored, build, changed, read_recipe
+from secateur.recipe.schema import Recipe
+from secateur.report.ledger import Ledger, LedgerRow
+from secateur.report.plots import draw_sparsity
+from secateur.zoo.data import load_data
+from secateur.zoo.models import build_model
+
+SPARSITY, EPOCHS, RATE = 0.5, 3, 0.01
+TEST_BATCH = 256
+RUNS = Path("runs")
+PICTURES = ("png", "svg", "pdf")
+
+
+def recipe_from(
+    path: Path | None,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    sparsity: float | None = None,
+    epochs: int | None = None,
+) -> Recipe:
+    """The recipe file `path` with the options' values in place of its own; without a file, a recipe of the options.
+
+    That recipe cuts at `sparsity` (0.5 if left out), guided by the sparsity of each layer, and fine-tunes for
+    `epochs` (3 if left out).
+
+    Raises `RecipeError` where the file or an option is wrong, or too little is said.
+    """
+    if path is not None:
+        parts = changed(read_recipe(path), sparsity=sparsity, epochs=epochs).model_dump()
+    elif model is None or data is None:
+        missing = " and ".join(option for option, value in (("--model", model), ("--data", data)) if value is None)
+        raise RecipeError(f"there is no recipe and no {missing}; give a recipe file, or both --model and --data.")
+    else:
+        cut = {"kind": "cut", "sparsity": SPARSITY if sparsity is None else sparsity}
+        stages = ({"lr": RATE, "epochs": EPOCHS if epochs is None else epochs},)
+        parts = {"data": {}, "model": {}, "steps": (cut, {"kind": "train", "stages": stages, "schedule": "cosine"})}
+    if data is not None:
+        parts["data"]["source"] = data
+    if model is not None:
+        parts["model"] = {"source": model}
+    if weights is not None:
+        parts["model"]["weights"] = weights
+    return anchored(build(**parts), Path.cwd())
+
+
+def run_folder(path: Path | None, recipe: Recipe) -> Path:
+    """Where a run goes if nothing is said: runs/ and the name of the recipe file or of the model.
+
+    >>> run_folder(Path("recipes/report.toml"), None).as_posix()
+    'runs/report'
+    """
+    return RUNS / (path.stem if path is not None else recipe.model.source.rpartition(":")[2])
+
+
+def open_model(source: str, weights: Path | None = None, classes: int | None = None) -> nn.Module:
+    """The model of a run folder, or one that `zoo.models.build_model` builds, in eval mode."""
+    if Path(source).is_dir():
+        if weights is not None or classes is not None:
+            raise ModelError(f"{source!r} is a run folder, with weights and classes of its own; leave the option out.")
+        return load(source)
+    return build_model(source, classes=classes, weights=str(weights) if weights else None).model.eval()
+
+
+def measure_model(
+    source: str,
+    *,
+    weights: Path | None = None,
+    classes: int | None = None,
+    data: str | None = None,
+    shape: str | None = None,
+) -> Ledger:
+    """A ledger of one row for the model `source`; with its accuracy where `data` names test images."""
+    images = None if data is None else load_data(data)
+    if images is not None and classes is None and not Path(source).is_dir():
+        classes = len(images.classes)
+    model = open_model(source, weights, classes)
+    example = images.example() if images is not None and shape is None else example_input(source, shape)
+    batches = None if images is None else images.batches("test", TEST_BATCH)
+    return Ledger((LedgerRow(source, data or "", measure(model, example, batches=batches), 0.0),))
+
+
+def inspect_model(
+    source: str, *, weights: Path | None = None, classes: int | None = None, shape: str | None = None
+) -> Groups:
+    """The channel groups of the model `source`."""
+    return find_groups(open_model(source, weights, classes), example_input(source, shape))
+
+
+def plot_sparsity(table: SparsityTable, path: Path) -> None:
+    """Draws sparsity against layer into the picture `path`, whose ending says its format."""
+    format = path.suffix.removeprefix(".").lower()
+    if format not in PICTURES:
+        raise UnknownName("kind of picture", path.suffix, [f".{known}" for known in PICTURES])
+    with replacing(path) as temporary:
+        draw_sparsity(table).savefig(temporary, format=format)
+
+
+def example_input(source: str, shape: str | None) -> Tensor:
+    """An input for the model `source`, of the shape that is given in words, or else of the one it is made for.
+
+    >>> example_input("torchvision:resnet18", "2,3,64,64").shape
+    torch.Size([2, 3, 64, 64])
+    """
+    if shape is None:
+        recipe = Path(source) / "recipe.toml"
+        name = read_recipe(recipe).model.source if recipe.exists() else source
+        shape = "1,1,8,8" if name == "secateur:digits_vgg" else "1,3,224,224"
+        shape = "1,3,32,32" if name.startswith("secateur:") and shape == "1,3,224,224" else shape
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ModelError(f"--input {shape!r} is not a shape; give whole numbers with commas, such as 1,3,32,32.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.randn(sizes)

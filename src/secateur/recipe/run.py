@@ -1,0 +1,255 @@
+"""A recipe run in a folder: step by step, each written to the journal when it is done, so that it can go on later.
+
+Nothing is written before the recipe, the data and the model have been found good. From then on the folder holds at
+any moment what `resume` needs: `recipe.toml`, the journal, the model after the last finished step, and within a
+training step the checkpoint of its last epoch. The folder of a finished run has besides:
+
+    ledger.json  metrics.jsonl  run.json  report.html  plots/  model/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from secateur.codec.files import append_line, read_json, write_json, write_text
+from secateur.errors import ProofError, RunError
+from secateur.measure.measurement import measure
+from secateur.recipe.folder import load, read_model, save_model
+from secateur.recipe.journal import Entry, Outcome, metrics, metrics_line, read_entries, record, write_entry
+from secateur.recipe.reading import read_recipe
+from secateur.recipe.schema import Recipe, Train
+from secateur.recipe.steps import Setting, State, prepare, take
+from secateur.recover.history import EpochRow
+from secateur.report.ledger import CheckRow, LedgerRow, RunRecord
+from secateur.report.page import write_page
+from secateur.report.plots import save_plots
+from secateur.surgery.masks import Masks
+
+RECIPE, RUN, REPORT, METRICS, LEDGER = "recipe.toml", "run.json", "report.html", "metrics.jsonl", "ledger.json"
+MASKS = "masks.safetensors"
+TEST_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands: what it is doing, and how many of all its epochs are done."""
+
+    text: str
+    done: int
+    total: int
+
+
+Progress = Callable[[Status], None]
+
+
+def run(
+    recipe: Recipe, folder: str | Path, *, force: bool = False, progress: Progress | None = None
+) -> RunRecord:
+    """Runs `recipe` in the new folder `folder` and returns all that its report shows.
+
+    Args:
+        recipe: what to do.
+        folder: made if missing; one that has something in it is refused.
+        force: replace the run that is in the folder, once the recipe, the data and the model have been found good.
+        progress: called before each step and after each epoch.
+
+    Raises:
+        RunError: the folder is taken, or cannot be written.
+        SecateurError: as the data, the model and the steps; what was finished stays in the folder.
+    """
+    folder = Path(folder)
+    _check_free(folder, force)
+    with _process(recipe):
+        setting, state = prepare(recipe)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        write_text(folder / RECIPE, recipe.to_toml())
+        return _go(folder, setting, state, (), progress)
+
+
+def resume(folder: str | Path, *, progress: Progress | None = None) -> RunRecord:
+    """Goes on with the run in `folder` after its last finished step, and within a training step after its last epoch.
+
+    Raises `RunError` where there is no run, or one that is finished.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE).exists():
+        raise RunError(f"{str(folder)!r} holds no run; give the folder that was made by `secateur compress`.")
+    if (folder / RUN).exists():
+        raise RunError(f"the run in {str(folder)!r} is finished; its report is {folder / REPORT}.")
+    recipe = read_recipe(folder / RECIPE)
+    entries = read_entries(folder)
+    with _process(recipe):
+        setting, state = prepare(recipe)
+        if entries:
+            state = _saved_state(_step_folder(folder, entries[-1].step), setting)
+        return _go(folder, setting, state, entries, progress)
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """What the report of the finished run in `folder` shows; raises `RunError` where there is none."""
+    folder = Path(folder)
+    if not (folder / RUN).exists():
+        going = (folder / RECIPE).exists()
+        then = f"go on with: secateur resume {folder}" if going else "give the folder of a run"
+        raise RunError(f"{str(folder)!r} holds no {'finished ' if going else ''}run; {then}.")
+    return RunRecord.from_json(read_json(folder / RUN))
+
+
+def _go(
+    folder: Path, setting: Setting, state: State, entries: tuple[Entry, ...], progress: Progress | None
+) -> RunRecord:
+    """The steps that are not in `entries` yet, and then the report."""
+    steps = setting.recipe.steps
+    tell = _teller(setting.recipe, progress)
+    for number in range(len(entries), len(steps) + 1):
+        start = time.perf_counter()
+        outcome = Outcome("original")
+        if number:
+            step = steps[number - 1]
+            done = sum(_epochs(earlier) for earlier in steps[: number - 1])
+            tell(f"step {number} of {len(steps)}: {step.kind}", done)
+
+            def on_epoch(row: EpochRow, number: int = number, done: int = done) -> None:
+                append_line(folder / METRICS, metrics_line(number, asdict(row)))
+                tell(f"step {number} of {len(steps)}: validation {row.validation_accuracy:.2%}", done + row.epoch)
+
+            training = folder / "checkpoints" / f"train-{number}"
+            state, outcome = take(number, state, setting, checkpoint=training, on_epoch=on_epoch)
+        seconds = time.perf_counter() - start
+        row = None if number == 0 and not setting.trained else _row(state, outcome, setting, seconds)
+        _save_state(_step_folder(folder, number), state)
+        entries = (*entries, Entry(number, outcome, row))
+        write_entry(folder, entries[-1])
+        _drop_checkpoints(folder, number)
+        write_text(folder / METRICS, metrics(entries))
+    tell("writing the report", _total(setting.recipe))
+    return _finish(folder, setting, state, entries)
+
+
+def _row(state: State, outcome: Outcome, setting: Setting, seconds: float) -> LedgerRow:
+    """The model measured on the test images."""
+    measured = measure(
+        state.model,
+        setting.data.example(device=setting.device),
+        batches=setting.data.batches("test", TEST_BATCH, device=setting.device),
+        threads=setting.recipe.threads,
+        device=setting.device,
+    )
+    return LedgerRow(outcome.label, outcome.note, measured, seconds)
+
+
+def _finish(folder: Path, setting: Setting, state: State, entries: tuple[Entry, ...]) -> RunRecord:
+    """Writes the model, proves that it loads as it was saved, and writes the report."""
+    model = state.model.cpu().eval()
+    save_model(folder / "model", model, state.architecture)
+    with torch.no_grad():
+        images = setting.data.example(8)
+        difference = (load(folder)(images) - model(images)).abs().max().item()
+    if difference != 0:
+        raise ProofError(
+            f"the model saved in {folder / 'model'} gives other outputs when it is loaded (off by {difference:g}); "
+            "its code may draw random numbers in eval mode, or keep tensors that are neither parameter nor buffer."
+        )
+    made = record(
+        entries,
+        title=setting.recipe.title or f"{setting.recipe.model.source} on {setting.data.name}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe=(folder / RECIPE).read_text(encoding="utf-8"),
+        conditions=_conditions(setting),
+    )
+    reloaded = CheckRow("saved and loaded: largest difference", difference, True)
+    made = replace(made, certificate=(*made.certificate, reloaded), notes=(*setting.notes, *made.notes))
+    write_json(folder / LEDGER, made.ledger.to_json())
+    (folder / "plots").mkdir(exist_ok=True)
+    save_plots(made, folder / "plots")
+    write_page(made, folder / REPORT)
+    # Last of all, for it is what says that the run is finished.
+    write_json(folder / RUN, made.to_json())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return made
+
+
+def _conditions(setting: Setting) -> tuple[tuple[str, str], ...]:
+    data, recipe = setting.data, setting.recipe
+    sizes = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test images"
+    return (
+        ("data", f"{data.name}: {sizes}"),
+        ("model", recipe.model.source + (f", weights {recipe.model.weights}" if recipe.model.weights else "")),
+        ("seed", str(recipe.seed)),
+        ("device", str(setting.device)),
+        ("threads", str(torch.get_num_threads())),
+        ("torch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("machine", f"{platform.system()} {platform.machine()}"),
+    )
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / RECIPE).is_file():
+        raise RunError(f"{str(folder)!r} exists and is not a run folder, so it is left alone; give another --out.")
+    if not force:
+        raise RunError(
+            f"{str(folder)!r} holds a run already; go on with it (secateur resume {folder}), replace it (--force), "
+            "or give another --out."
+        )
+
+
+def _teller(recipe: Recipe, progress: Progress | None) -> Callable[[str, int], None]:
+    total = _total(recipe)
+    return lambda text, done: None if progress is None else progress(Status(text, done, total))
+
+
+def _epochs(step: object) -> int:
+    return sum(stage.epochs for stage in step.stages) if isinstance(step, Train) else 0
+
+
+def _total(recipe: Recipe) -> int:
+    return sum(_epochs(step) for step in recipe.steps)
+
+
+def _step_folder(folder: Path, number: int) -> Path:
+    return folder / "checkpoints" / f"step-{number}"
+
+
+def _save_state(folder: Path, state: State) -> None:
+    save_model(folder, state.model, state.architecture)
+    if state.masks is not None:
+        state.masks.save(folder / MASKS)
+
+
+def _saved_state(folder: Path, setting: Setting) -> State:
+    architecture, tensors = read_model(folder)
+    masks = Masks.load(folder / MASKS) if (folder / MASKS).exists() else None
+    return State(architecture.build(tensors).to(setting.device), architecture, masks)
+
+
+def _drop_checkpoints(folder: Path, number: int) -> None:
+    """Removes what the step before needed: the journal no longer points to it."""
+    for old in (_step_folder(folder, number - 1), folder / "checkpoints" / f"train-{number}"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _process(recipe: Recipe) -> Iterator[None]:
+    """The recipe's threads and seed for the time of the run; the caller's are given back."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(recipe.threads or threads)
+        torch.manual_seed(recipe.seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,235 @@
+"""Where names become objects: a recipe's data and model (`prepare`), and each of its steps as a function (`take`).
+
+A step takes the model, how it is built, and the masks in force (`State`), and gives the next ones and what it has to
+show (`Outcome`). It knows nothing of folders but where a training step keeps its checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.plan import Plan, allocate
+from secateur.allocate.sparsity_guided import SparsityGuided
+from secateur.allocate.uniform import Uniform
+from secateur.errors import ProofError
+from secateur.graph.groups import find_groups
+from secateur.graph.records import Groups
+from secateur.recipe.folder import Architecture
+from secateur.recipe.journal import Outcome
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
+from secateur.recover.history import EpochRow
+from secateur.recover.train import Stage, fine_tune
+from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
+from secateur.score.magnitude import Magnitude
+from secateur.score.random import Random
+from secateur.score.scoring import score
+from secateur.surgery.certify import Certificate, certify
+from secateur.surgery.cut import apply
+from secateur.surgery.masks import Masks, find_masks
+from secateur.zoo.data import Data, load_data
+from secateur.zoo.models import build_model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all steps of a run share.
+
+    Attributes:
+        recipe: what to do.
+        data: the images.
+        device: where the model is.
+        trained: whether the model came with weights worth measuring.
+        notes: what data and model had to say.
+    """
+
+    recipe: Recipe
+    data: Data
+    device: torch.device
+    trained: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """The model between two steps, how it is built, and which of its weights are held at zero."""
+
+    model: nn.Module
+    architecture: Architecture
+    masks: Masks | None = None
+
+
+def prepare(recipe: Recipe) -> tuple[Setting, State]:
+    """Reads the data and builds the model; raises what is wrong with either, before anything is written."""
+    part = recipe.data
+    data = load_data(
+        part.source,
+        validation=part.validation,
+        seed=recipe.seed,
+        image_size=part.image_size,
+        label=part.label,
+        folder=part.folder,
+        normalise=part.normalise,
+        download=part.download,
+    )
+    network = recipe.model
+    built = build_model(
+        network.source, classes=len(data.classes), weights=network.weights, pretrained=network.pretrained
+    )
+    _rehearse(recipe, built.model, data.example(2))
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if recipe.device == "auto" else recipe.device)
+    # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
+    trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
+    setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes))
+    return setting, State(built.model.to(device).eval(), Architecture(built.spec, len(data.classes), {}))
+
+
+def take(
+    number: int,
+    state: State,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochRow], None] | None = None,
+) -> tuple[State, Outcome]:
+    """Takes step `number` (from 1) of the recipe.
+
+    Args:
+        number: which step.
+        state: the model before it; a training step changes it in place.
+        setting: what all steps share.
+        checkpoint: the folder where a training step keeps its last epoch, and goes on from.
+        on_epoch: called with the row of each epoch.
+    """
+    step = setting.recipe.steps[number - 1]
+    if isinstance(step, Train):
+        return state, train(step, number, state, setting, checkpoint, on_epoch)
+    if isinstance(step, Sparsify):
+        return sparsify(step, state)
+    return cut(step, state, setting)
+
+
+def train(
+    step: Train,
+    number: int,
+    state: State,
+    setting: Setting,
+    checkpoint: Path | None,
+    on_epoch: Callable[[EpochRow], None] | None,
+) -> Outcome:
+    """Trains the model in place; weights that masks hold at zero stay there."""
+    data, device, part = setting.data, setting.device, setting.recipe.data
+    size = step.batch_size or part.batch_size
+    augment = part.augment if step.augment is None else step.augment
+    # BatchNorm has no variance to take over a last batch of one image.
+    count = max(1, len(data.train) // size + (len(data.train) % size > 1))
+    first_seed = setting.recipe.seed + 100_000 * number
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = first_seed + epoch
+        every = data.batches("train", size, shuffle=seed, augment=augment, device=device)
+        return itertools.islice(every, count)
+
+    history = fine_tune(
+        state.model,
+        batches,
+        lambda: data.batches("validation", max(size, 256), device=device),
+        [Stage(stage.lr, stage.epochs) for stage in step.stages],
+        momentum=step.momentum,
+        weight_decay=step.weight_decay,
+        nesterov=step.nesterov,
+        schedule=step.schedule,
+        label_smoothing=step.label_smoothing,
+        after_step=None if state.masks is None else state.masks.enforcer(state.model),
+        device=device,
+        channels_last=step.channels_last,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+        batches_per_epoch=count,
+    )
+    earlier = setting.recipe.steps[: number - 1]
+    dense = all(isinstance(before, Train) for before in earlier) and not setting.trained
+    epochs = f"best of {len(history.rows)} epochs: {history.best_epoch}"
+    return Outcome("trained" if dense else "fine-tuned", note=epochs, notes=history.notes, history=history)
+
+
+def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
+    """Sets the smallest weights to zero; the masks stay in force for the training steps that follow."""
+    masks = find_masks(state.model, step.sparsity, scope=step.scope, names=step.layers or None)
+    masks.apply_(state.model)
+    outcome = Outcome("sparsified", note=f"{step.sparsity:.0%} {_scope(step)}", sparsity=masks.table())
+    return State(state.model, state.architecture, masks), outcome
+
+
+def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
+    """Takes channels out of a copy of the model, and proves that the copy computes what it should.
+
+    Raises `ProofError` with the certificate's sentence where it does not.
+    """
+    model, example = state.model.eval(), setting.data.example(2, setting.device)
+    table = find_masks(model, step.sparsity).table() if step.guide == "sparsity" else None
+    groups = find_groups(model, example)
+    plan = plan_for(step, model, groups, setting.recipe.seed)
+    smaller = apply(model, plan)
+    certificate = certify(model, smaller, plan, example)
+    if not certificate.ok:
+        raise ProofError(certificate.sentence)
+    notes = (certificate.sentence, *(() if state.masks is None else (MASKS_END,)))
+    outcome = Outcome(
+        "cut",
+        note=f"{step.sparsity:.0%}, guided by {step.guide}" if table else f"{step.sparsity:.0%} of each layer",
+        notes=notes,
+        sparsity=table,
+        channels=tuple(ChannelRow(*row) for row in plan.channels()),
+        frozen=tuple(FrozenRow(axis.tensor, axis.reason) for axis in groups.frozen),
+        certificate=_checks(certificate),
+    )
+    return State(smaller, state.architecture.after(plan.attributes())), outcome
+
+
+MASKS_END = (
+    "The masks that were in force ended with the cut: the zeros that are left in the layers may grow again in "
+    "training; sparsify once more after the cut to hold them."
+)
+
+
+def plan_for(step: Cut, model: nn.Module, groups: Groups, seed: int) -> Plan:
+    """Which channels a cut step takes."""
+    criterion = Magnitude(p=step.p) if step.criterion == "magnitude" else Random(seed)
+    strategy = (
+        SparsityGuided(find_masks(model, step.sparsity).table())
+        if step.guide == "sparsity"
+        else Uniform(step.sparsity)
+    )
+    return allocate(
+        score(model, groups, criterion), strategy, least=step.least, multiple=step.multiple, keep=step.keep
+    )
+
+
+def _rehearse(recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+    """Plans every step on the model as it comes: a layer that does not exist shall not be found after hours."""
+    cuts = [step for step in recipe.steps if isinstance(step, Cut)]
+    groups = find_groups(model, example) if cuts else None
+    for step in recipe.steps:
+        if isinstance(step, Cut) and groups is not None:
+            plan_for(step, model, groups, recipe.seed)
+        elif isinstance(step, Sparsify):
+            find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
+
+
+def _checks(certificate: Certificate) -> tuple[CheckRow, ...]:
+    """The certificate's rows; a finding that is no error of the output is told in words."""
+    errors = (certificate.permutation_error, certificate.control_error, certificate.masked_error)
+    rows = certificate.rows()
+    measured = tuple(CheckRow(check, error, passed) for (check, _, passed), error in zip(rows, errors))
+    return measured + tuple(CheckRow(f"{check}: {found}", None, passed) for check, found, passed in rows[len(errors) :])
+
+
+def _scope(step: Sparsify) -> str:
+    return "of all weights together" if step.scope == "global" else "of each layer"

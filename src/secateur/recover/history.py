@@ -1,0 +1,202 @@
+"""What a training run did: one row per epoch, and which epoch was best.
+
+`EpochRow` and `History` are plain records of numbers: they go to JSON and back unchanged, so the checkpoint,
+the run folder and the report all keep the same thing. The rule for the best epoch stands here, once. `Tally`
+gathers the figures of a row, batch by batch, without making the processor wait for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.errors import RunError, TrainingError
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """The figures of one epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        lr: learning rate of the epoch's last step.
+        train_loss: mean over the epoch's images of the loss that was minimised (label smoothing included,
+            weight decay not), in training mode, while the weights were changing.
+        train_accuracy: fraction in [0, 1] of those images that were classified correctly, likewise.
+        validation_loss: mean cross-entropy over the validation images, in evaluation mode, without smoothing.
+        validation_accuracy: fraction in [0, 1], likewise.
+        seconds: wall-clock time of training and validation, without writing the checkpoint.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """The rows of a run in order, the number of its best epoch, and what else there is to say.
+
+    Attributes:
+        rows: one per finished epoch; `rows[i].epoch == i + 1`.
+        best_epoch: counted from 1; 0 while no epoch is finished.
+        notes: sentences for the report, such as that a damaged checkpoint was passed over.
+
+    >>> row = EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)
+    >>> history = History().with_row(row)
+    >>> history.best_epoch, history.best.validation_accuracy
+    (1, 0.75)
+    >>> History.from_json(history.to_json()) == history
+    True
+    """
+
+    rows: tuple[EpochRow, ...] = ()
+    best_epoch: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> EpochRow:
+        """The row of the best epoch.
+
+        Raises:
+            TrainingError: no epoch is finished.
+        """
+        if not self.best_epoch:
+            raise TrainingError("there is no best epoch, because no epoch is finished; train for one.")
+        return self.rows[self.best_epoch - 1]
+
+    def with_row(self, row: EpochRow) -> History:
+        """This history with one more epoch, which is the new best if `better` says so.
+
+        >>> History().with_row(EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)).rows[0].lr
+        0.1
+        """
+        best = row.epoch if not self.best_epoch or better(row, self.best) else self.best_epoch
+        return dataclasses.replace(self, rows=(*self.rows, row), best_epoch=best)
+
+    def to_json(self) -> dict[str, Any]:
+        """The history as JSON values.
+
+        >>> History(notes=("checked",)).to_json()
+        {'rows': [], 'best_epoch': 0, 'notes': ['checked']}
+        """
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {"rows": rows, "best_epoch": self.best_epoch, "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> History:
+        """The history that `to_json` wrote.
+
+        Raises:
+            RunError: `value` is not such a history.
+
+        >>> History.from_json({"rows": [], "best_epoch": 0, "notes": []})
+        History(rows=(), best_epoch=0, notes=())
+        """
+        try:
+            rows = tuple(EpochRow(**row) for row in value["rows"])
+            best, notes = int(value["best_epoch"]), tuple(value["notes"])
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"this is not a training history ({type(error).__name__}: {error})"
+            raise RunError(f"{what}; it may be of another version: make it again.") from error
+        if not min(1, len(rows)) <= best <= len(rows):
+            what = f"this training history has {len(rows)} epochs and calls epoch {best} its best"
+            raise RunError(f"{what}; it was edited or damaged, so make it again.")
+        return cls(rows, best, notes)
+
+
+def better(row: EpochRow, other: EpochRow) -> bool:
+    """Whether `row` beats the earlier row `other`: higher validation accuracy, else lower validation loss.
+
+    >>> first = EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)
+    >>> better(EpochRow(2, 0.1, 0.2, 0.9, 0.5, 0.75, 1.5), first), better(first, first)
+    (True, False)
+    """
+    if row.validation_accuracy == other.validation_accuracy:
+        return row.validation_loss < other.validation_loss
+    return row.validation_accuracy > other.validation_accuracy
+
+
+class Tally:
+    """Loss and hits over the batches of one epoch; they wait on the device until `every` are read at once.
+
+    Reading makes the processor wait for all work under way on an accelerator; on the CPU it costs nothing.
+
+    Args:
+        where: the epoch in words, for messages.
+        every: batches between two readings. The first batch is always read by itself.
+        fail: called with a sentence at the first batch that has a wrong label or a loss that is not finite.
+
+    >>> tally = Tally("epoch 1", 1, fail=print)
+    >>> loss = tally.add(torch.zeros(4, 2), torch.tensor([0, 1, 1, 1]), lr=0.1, smoothing=0.0)
+    >>> round(tally.loss, 4), tally.accuracy
+    (0.6931, 0.25)
+    """
+
+    def __init__(self, where: str, every: int, fail: Callable[[str], object]) -> None:
+        self.where, self.every, self.fail = where, every, fail
+        self.batches = self.images = self.hits = 0
+        self.total = 0.0
+        self._losses: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        self._known: list[tuple[int, int, float]] = []
+
+    @property
+    def loss(self) -> float:
+        """Mean over the images read so far; NaN before the first."""
+        return self.total / self.images if self.images else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction in [0, 1] of the images read so far; NaN before the first."""
+        return self.hits / self.images if self.images else math.nan
+
+    def add(self, outputs: Tensor, labels: Tensor, lr: float, smoothing: float) -> Tensor:
+        """The batch's mean loss, differentiable, from `outputs` (n, classes) and int64 `labels` (n,)."""
+        least, most = labels.aminmax()
+        # A label out of range would end the process on a GPU; kept in range, it is found at the reading.
+        loss = functional.cross_entropy(
+            outputs, labels.clamp(0, outputs.shape[1] - 1), label_smoothing=smoothing
+        )
+        self._losses.append(loss.detach())
+        self._counts += [(outputs.detach().argmax(1) == labels).sum(), least, most]
+        self._known.append((len(labels), outputs.shape[1], lr))
+        if len(self._known) == self.every or not self.batches:
+            self.read()
+        return loss
+
+    def read(self) -> None:
+        """Takes in the batches that are waiting."""
+        if not self._known:
+            return
+        losses, counts = torch.stack(self._losses).tolist(), torch.stack(self._counts).tolist()
+        for index, (images, classes, lr) in enumerate(self._known):
+            hits, least, most = counts[3 * index : 3 * index + 3]
+            loss = losses[index]
+            self.batches += 1
+            if least < 0 or most >= classes:
+                self.fail(
+                    f"{self.where}, step {self.batches}: there is the label {least if least < 0 else most}, "
+                    f"and the model has {classes} outputs, for labels 0 to {classes - 1}; put the labels or "
+                    "the model's last layer right."
+                )
+            if not math.isfinite(loss):
+                self.fail(
+                    f"{self.where}, step {self.batches}: the loss is {loss}, at learning rate {lr:g}; start "
+                    f"again with a lower one, such as {lr / 10:g}, and check that the images are finite."
+                )
+            self.images += images
+            self.hits += hits
+            self.total += loss * images
+        self._losses, self._counts, self._known = [], [], []
