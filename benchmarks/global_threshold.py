@@ -4,9 +4,9 @@
 
 Each side starts in a process of its own, builds the network with random weights from the same seed, and is
 timed from the dense model to the model with its masks made and its weights zeroed: by the clock, and by the
-work of all threads, which a busy machine does not stretch. The extra memory is the
-growth of the process's peak resident set (`ru_maxrss`) over that span, so it needs Linux or macOS. Both must
-drop the same weights: the number of zeros and a checksum over their positions are compared.
+work of all threads, which a busy machine stretches less. The extra memory is the growth of the process's peak
+resident set (`ru_maxrss`) over that span, so it needs Linux or macOS. Both must drop the same weights: the
+number of zeros and a checksum over their positions are compared.
 
 The bar is a twentieth of the time, and a tenth of the model's size in extra memory. The peer takes about a
 minute and needs 7 GB of free memory. `--threads` is for torch; secateur uses one whatever it says.

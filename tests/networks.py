@@ -122,7 +122,7 @@ class Norms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.i(self.b(F.silu(self.g(self.a(x)))))
-        return self.head(self.l(x.sum((2, 3))))
+        return self.head(self.l((x * x.sigmoid()).sum((2, 3))))
 
 
 class SqueezeExcite(nn.Module):
@@ -253,7 +253,7 @@ def build(net: Net) -> nn.Module:
     """The network with seeded weights, batch norm away from its fresh state."""
     torch.manual_seed(0)
     model = net.make()
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
     return model.eval()

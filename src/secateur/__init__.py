@@ -1,13 +1,15 @@
 """Takes a trained PyTorch model and gives back a smaller, faster one with the same accuracy, and the proof.
 
 The verbs and records of all rooms, by their own names: `import secateur as sc; sc.find_groups(...)`. Each is
-imported when it is first asked for, so that `secateur --help` need not wait for torch.
+imported when it is first asked for, so that `secateur --help` need not wait for torch. The rooms `measure` and `score`
+bear the names of their verbs, and importing a room puts it in the verb's place: such a room is called as its verb.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import MappingProxyType
+import sys
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,14 +120,35 @@ _HOMES = MappingProxyType(
 )
 
 
-def __getattr__(name: str) -> Any:
+class _Room(ModuleType):
+    """A room that is called as the verb of its name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return _found(self.__name__.rpartition(".")[2])(*arguments, **options)
+
+
+class _Package(ModuleType):
+    """The package, which sees each room as the import system hangs it in."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in __all__:
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+def _found(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f"secateur.{home}"), name)
-            globals()[name] = value
-            return value
+            return getattr(importlib.import_module(f"secateur.{home}"), name)
     raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+
+
+def __getattr__(name: str) -> Any:
+    return _found(name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

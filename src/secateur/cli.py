@@ -40,6 +40,9 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="A safetensors f
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder to make.", show_default="runs/NAME")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")]
 Classes = Annotated[int | None, typer.Option("--classes", min=1, help="Outputs of the model's head.")]
+Normalise = Annotated[
+    str | None, typer.Option(help="Mean and deviation to normalise with: data (the train images') or imagenet.")
+]
 InputShape = Annotated[str | None, typer.Option("--input", help="Shape of an example input, such as 1,3,32,32.")]
 
 
@@ -83,6 +86,7 @@ def compress(
     weights: Weights = None,
     sparsity: Annotated[float | None, typer.Option(help="How much to prune, at least 0 and less than 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the last training step.")] = None,
+    normalise: Normalise = None,
 ) -> None:
     """Run a recipe, or prune and fine-tune one model as the options say; the options change the recipe.
 
@@ -93,12 +97,18 @@ def compress(
       secateur compress recipes/digits.toml --sparsity 0.9 --force
 
       secateur compress --model secateur:resnet56 --weights resnet56.safetensors
-      --data parquet:cifar10 --sparsity 0.5 --epochs 3
+      --data parquet:cifar10 --normalise imagenet --sparsity 0.5 --epochs 3
     """
     from secateur.recipe.options import recipe_from, run_folder
 
     chosen = recipe_from(
-        recipe, data=data, model=model, weights=str(weights) if weights else None, sparsity=sparsity, epochs=epochs
+        recipe,
+        data=data,
+        model=model,
+        weights=str(weights) if weights else None,
+        sparsity=sparsity,
+        epochs=epochs,
+        normalise=normalise,
     )
     _compress(chosen, out or run_folder(recipe, chosen), force)
 
@@ -167,6 +177,7 @@ def measure(
     weights: Weights = None,
     classes: Classes = None,
     input: InputShape = None,
+    normalise: Normalise = None,
 ) -> None:
     """Measure a model: parameters, MACs, bytes on disk, milliseconds, sparsity, and accuracy where there are data.
 
@@ -179,7 +190,9 @@ def measure(
     from secateur.recipe.options import measure_model
     from secateur.report.tables import ledger_table
 
-    ledger = measure_model(model, weights=weights, classes=classes, data=data, shape=input)
+    ledger = measure_model(
+        model, weights=weights, classes=classes, data=data, shape=input, normalise=normalise or "data"
+    )
     _print(ledger_table(ledger))
 
 

@@ -97,6 +97,7 @@ def test_options_change_the_recipe():
 
 def test_options_alone_are_a_recipe():
     options = ["--model", "nets.py:make", "--data", "digits", "--sparsity", "0.25", "--epochs", "1"]
+    options += ["--normalise", "data"]
     assert main(["compress", *options]) == 0
     text = Path("runs/make/recipe.toml").read_text()
     assert "sparsity = 0.25" in text
@@ -149,6 +150,8 @@ def test_bad_recipes_end_in_a_sentence(capsys, old, new, sentence):
         (("compress", "mine.toml", "--sparsity", "1.2"), "sparsity in step 2 (cut) must be less than 1, and is 1.2."),
         (("compress", "mine.toml", "--sparsity", "-0.1"), "must be at least 0, and is -0.1."),
         (("compress", "mine.toml", "--epochs", "0"), "epochs in the recipe must be at least 1, and is 0."),
+        (("compress", "mine.toml", "--normalise", "imagnet"), "unknown normalise 'imagnet'; did you mean 'imagenet'?"),
+        (("measure", "--model", "nets.py:make", "--data", "digits", "--normalise", "x"), "unknown normalisation 'x'"),
         (("compress", "mine.toml", "--weights", "gone.safetensors"), "gone.safetensors"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "1"), "sparsity 1.0 is out of range"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "x.jpg"), "unknown kind of picture"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 
-import networks
 import pytest
 import torch
 from torch import nn
 
+import networks
 from secateur.errors import CaptureError
 from secateur.graph.capture import capture
 from secateur.graph.groups import find_groups

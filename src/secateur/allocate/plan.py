@@ -63,7 +63,8 @@ class Plan:
         for info in self.groups.tensors:
             for dim, size in enumerate(info.shape):
                 if (info.name, dim) in made:
-                    rows.append((info.name.removesuffix(".weight"), size, len(kept.get(info.name, {}).get(dim, range(size)))))
+                    left = len(kept.get(info.name, {}).get(dim, range(size)))
+                    rows.append((info.name.removesuffix(".weight"), size, left))
         return tuple(rows)
 
     def to_json(self) -> dict[str, Any]:

@@ -36,9 +36,10 @@ class SparsityGuided:
         made = {slot.tensor for slot in group.slots if slot.role == "write"}
         known = [rows[name] for name in made if name in rows]
         if not known:
+            makers = ", ".join(sorted(made)) or group.name
             raise PlanError(
-                f"the sparsity table has no row for {', '.join(sorted(made)) or group.name}, which group {group.name!r} "
-                f"is made by; it has {', '.join(list(rows)[:6])}. Make the table for all layers, or keep this group."
+                f"the sparsity table has no row for {makers}, which group {group.name!r} is made by; it has "
+                f"{', '.join(list(rows)[:6])}. Make the table for all layers, or keep this group."
             )
         # Fractions in floats, as the report computed them: zeros / elements, then floor(out * sparsity).
         return sum(row.zeros for row in known) / sum(row.elements for row in known)

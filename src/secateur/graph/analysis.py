@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.graph.axes import Contraction, Field, Ids, PythonInt, Solution, Step
+from secateur.graph.axes import Contraction, Field, PythonInt, Step
 from secateur.graph.capture import Ref, Trace
 from secateur.graph.records import Frozen, Group, Groups, Int, Slot, TensorInfo
 from secateur.graph.rules import KERNEL, rule_for
+from secateur.graph.units import Ids, Solution
 
 ROLES = ("write", "read", "scale")
 
@@ -177,12 +178,12 @@ def _group(
 
 
 def _frozen_axes(
-    owners: Sequence[tuple[int, str, int]], solution: Solution, tensors: Mapping[str, object]
+    owners: Sequence[tuple[int, str, int]], solution: Solution, tensors: Mapping[str, Tensor]
 ) -> tuple[Frozen, ...]:
     """Each axis with frozen units and why, but for kernel positions, which nobody would cut."""
     out = []
     for start, tensor, dim in owners:
-        size = getattr(tensors[tensor], "shape")[dim]
+        size = tensors[tensor].shape[dim]
         roots = solution.root[start : start + size]
         stuck = roots[solution.frozen(roots)]
         if stuck.size and (reason := solution.why_frozen(int(stuck[0]))) != KERNEL:

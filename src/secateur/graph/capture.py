@@ -68,6 +68,21 @@ class Trace:
     fake: bool
 
 
+COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy"))
+RESHAPES = frozenset(("view", "unsafe_view", "reshape", "reshape_alias"))
+
+
+def op_name(call: Call) -> str:
+    """`aten.add_.Tensor` -> `add`: in place or not, and whatever the overload, the axes are the same."""
+    return str(call.op.overloadpacket.__name__).strip("_")
+
+
+def steps(calls: Sequence[Call]) -> list[tuple[str, Call]]:
+    """The calls by name, without copies: whether `reshape` copies depends on the sizes, so a cut may change it."""
+    named = [(op_name(call), call) for call in calls]
+    return [("view" if name in RESHAPES else name, call) for name, call in named if name not in COPIES]
+
+
 def as_arguments(example_inputs: Nested) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as the caller gave them -> (args, kwargs): a dict is keywords, a tuple or list positions."""
     if isinstance(example_inputs, Mapping):
@@ -190,10 +205,10 @@ class _Stack:
 
 
 class Recorder(TorchDispatchMode):
-    """The dispatch mode that writes the trace down; `prim` ops, which only ask a fake tensor its device, are not ops."""
+    """The dispatch mode that writes the trace down; `prim` ops, which ask for a device, are left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Call] = []
         self._values: list[Value] = []
         self._refs: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -24,7 +24,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
     >>> (group,) = find_groups(net, torch.zeros(2, 3, 4, 4)).groups
-    >>> group.size, [(slot.tensor, slot.dim, len(slot.index[0])) for slot in group.slots][-1]
-    (8, ('3.weight', 1, 4))
+    >>> [(slot.tensor, slot.dim, slot.index[1]) for slot in group.slots if slot.role != "scale"]
+    [('0.weight', 0, (1,)), ('3.weight', 1, (4, 5, 6, 7))]
     """
     return settle(model, example_inputs, capture(model, example_inputs)).groups

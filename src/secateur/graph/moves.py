@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from secateur.graph.axes import Block, Ids, Step
+from secateur.graph.axes import Block, Step
 from secateur.graph.capture import Ref
+from secateur.graph.units import Ids
 
 
 def permute(step: Step) -> None:

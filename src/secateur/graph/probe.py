@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis, UnitBlock, analyse
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Trace, fake_copy, map_tensors, record, recording, run, tensors_in
+from secateur.graph.capture import Call, Trace, Value, fake_copy, recording, run, steps, tensors_in
 from secateur.graph.rebuild import narrow, rebuild
 from secateur.graph.records import Groups
 
@@ -91,23 +91,32 @@ def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed:
                 run(cut, inputs)
             except Exception as stopped:
                 error = f": {str(stopped).splitlines()[0]}" if str(stopped) else ""
-    calls, values = recorder.calls, recorder.values
-    for index, expected in enumerate(analysis.trace.calls):
-        if index >= len(calls) or calls[index].op is not expected.op:
+    wanted, made, values = steps(analysis.trace.calls), steps(recorder.calls), recorder.values
+    for index, (name, expected) in enumerate(wanted):
+        if index >= len(made) or made[index][0] != name:
             return _freeze_around(analysis, index, stays, error)
-        for want, got in zip(expected.outputs, calls[index].outputs):
-            if want is None or got is None:
-                continue
-            shape = analysis.trace.values[want.id].shape
-            if values[got.id].shape != predicted_shape(shape, analysis.units_of(want), stays):
-                return _freeze_around(analysis, index, stays, "")
+        if first_odd_output(expected, made[index][1], analysis, values, stays):
+            return _freeze_around(analysis, index, stays, "")
     return []
+
+
+def first_odd_output(
+    expected: Call, made: Call, analysis: Analysis, values: Sequence[Value], stays: np.ndarray[Any, Any]
+) -> str:
+    """What is wrong with the shapes that a call of a cut model made; empty if they are as predicted."""
+    for want, got in zip(expected.outputs, made.outputs):
+        if want is not None and got is not None:
+            shape = predicted_shape(analysis.trace.values[want.id].shape, analysis.units_of(want), stays)
+            if values[got.id].shape != shape:
+                return f"{made.where} makes {values[got.id].shape}, predicted {shape}"
+    return ""
 
 
 def _freeze_around(analysis: Analysis, index: int, stays: np.ndarray[Any, Any], error: str) -> list[tuple[int, str]]:
     """Freeze what the cut changed on the values that meet in a call; if nothing there, in the calls before it."""
+    wanted = steps(analysis.trace.calls)
     for at in range(index, -1, -1):
-        call = analysis.trace.calls[at]
+        call = wanted[at][1]
         reason = f"an integer in Python does not follow a cut of this axis ({call.where}{error})"
         refs = [*refs_in((call.args, call.kwargs)), *(ref for ref in call.outputs if ref is not None)]
         changed = [r.id for r in refs if any(not stays[b.units].all() for b in analysis.units_of(r))]

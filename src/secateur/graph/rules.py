@@ -7,14 +7,15 @@ with its name as the reason, and all else stays prunable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from secateur.graph import moves
-from secateur.graph.axes import Block, Ids, Name, Rule, Step, equate, spec
-from secateur.graph.capture import Call, Ref
+from secateur.graph.axes import Block, Name, Rule, Step, equate, spec
+from secateur.graph.capture import Call, Ref, op_name
+from secateur.graph.units import Ids
 
 MIXES = "the result is a statistic over these units"
 KERNEL = "a position in a kernel"
@@ -24,11 +25,6 @@ _BATCH_NORM = spec("n c ..., c, c, c, c -> n c ...")
 def rule_for(call: Call) -> Rule | None:
     """The rule of an op; None if there is none, or if the op makes no tensor."""
     return RULES.get(op_name(call))
-
-
-def op_name(call: Call) -> str:
-    """`aten.add_.Tensor` -> `add`: in place or not, and whatever the overload, the axes are the same."""
-    return call.op.overloadpacket.__name__.rstrip("_").lstrip("_")
 
 
 def elementwise(step: Step) -> None:
@@ -49,8 +45,7 @@ def _aligned(step: Step, ref: Ref) -> list[Name]:
 
 def matmul(step: Step) -> None:
     """mm, bmm, addmm, baddbmm, addmv: ([bias,] a, b), the last axis of a against the one before the last of b."""
-    refs = [ref for ref in step.operands[:3]]
-    *bias, a, b = refs
+    *bias, a, b = step.operands[:3]
     rank = len(step.shape(step.output))
     batch: list[Name] = [f"d{i}" for i in range(rank - 2)]
     last: Name = f"d{rank - 1}"
@@ -154,9 +149,9 @@ def along_axis(step: Step) -> None:
     step.carry(step.blocks(x))
 
 
-def _statistic(step: Step, x: Ref, dims: object) -> None:
+def _statistic(step: Step, x: Ref, dims: Iterable[int]) -> None:
     rank = len(step.shape(x))
-    over = {d % rank for d in dims}  # type: ignore[attr-defined]
+    over = {d % rank for d in dims}
     for block in step.blocks(x):
         if set(block.dims) & over:
             step.units.inexact(block.ids, f"{MIXES} ({step.call.where})")
@@ -230,7 +225,7 @@ def constant(step: Step) -> None:
         for block in step.blocks(ref):
             step.end(block.ids)
     step.carry(
-        Block((d,), step.units.fresh(n)) for d, n in enumerate(step.shape(step.output)) if 1 < n
+        Block((d,), step.units.fresh(n)) for d, n in enumerate(step.shape(step.output)) if n > 1
     )
 
 
@@ -252,17 +247,19 @@ def index(step: Step) -> None:
     step.carry(moves.relabel(b, {d: d + grown * (d > used[0]) for d in b.dims}) for b in blocks)
 
 
-ELEMENTWISE = (
-    "abs add addcdiv addcmul alias atan2 bitwise_and bitwise_not bitwise_or cat_ ceil celu clamp clamp_max clamp_min "
-    "clone contiguous copy cos detach div elu eq erf exp exp2 expm1 fill floor floor_divide fmod ge gelu gt hardshrink "
-    "hardsigmoid hardswish hardtanh isnan le leaky_relu lerp lift_fresh log log10 log1p log2 log_sigmoid_forward "
-    "logical_and logical_not logical_or logit lt masked_fill maximum minimum mish mul nan_to_num ne neg pow "
-    "prelu_kernel reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin softplus "
-    "softshrink sqrt square sub tan tanh threshold to_copy true_divide trunc where xlogy"
-).split()
+ELEMENTWISE = frozenset(
+    """
+    abs add addcdiv addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone
+    contiguous copy cos detach div elu eq erf exp exp2 expm1 fill floor floor_divide fmod ge gelu gt hardshrink
+    hardsigmoid hardswish hardtanh isnan le leaky_relu lerp lift_fresh log log10 log1p log2 log_sigmoid_forward
+    logical_and logical_not logical_or logit lt masked_fill maximum minimum mish mul nan_to_num ne neg pow prelu_kernel
+    reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin softplus softshrink sqrt
+    square sub tan tanh threshold to_copy true_divide trunc where xlogy
+    """.split()
+)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
-    {name: elementwise for name in ELEMENTWISE}
+    dict.fromkeys(ELEMENTWISE, elementwise)
     # products
     | dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), matmul)
     | {"mv": spec("i k, k -> i"), "addmv": spec("i, i k, k -> i"), "dot": spec("k, k ->")}

@@ -38,6 +38,7 @@ def recipe_from(
     weights: str | None = None,
     sparsity: float | None = None,
     epochs: int | None = None,
+    normalise: str | None = None,
 ) -> Recipe:
     """The recipe file `path` with the options' values in place of its own; without a file, a recipe of the options.
 
@@ -57,6 +58,8 @@ def recipe_from(
         parts = {"data": {}, "model": {}, "steps": (cut, {"kind": "train", "stages": stages, "schedule": "cosine"})}
     if data is not None:
         parts["data"]["source"] = data
+    if normalise is not None:
+        parts["data"]["normalise"] = normalise
     if model is not None:
         parts["model"] = {"source": model}
     if weights is not None:
@@ -89,9 +92,10 @@ def measure_model(
     classes: int | None = None,
     data: str | None = None,
     shape: str | None = None,
+    normalise: str = "data",
 ) -> Ledger:
     """A ledger of one row for the model `source`; with its accuracy where `data` names test images."""
-    images = None if data is None else load_data(data)
+    images = None if data is None else load_data(data, normalise=normalise)
     if images is not None and classes is None and not Path(source).is_dir():
         classes = len(images.classes)
     model = open_model(source, weights, classes)

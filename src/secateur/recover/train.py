@@ -293,7 +293,7 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             outputs, labels = self._forward(images, labels)
             loss = tally.add(outputs, labels, lr, self.settings.label_smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             if self.after_step is not None:
                 self.after_step()

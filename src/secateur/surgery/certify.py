@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis
-from secateur.graph.capture import capture, map_tensors, run, tensors_in
-from secateur.graph.probe import predicted_shape, survivors
+from secateur.graph.capture import capture, map_tensors, run, steps, tensors_in
+from secateur.graph.probe import first_odd_output, survivors
 from secateur.graph.rebuild import rebuild
 from secateur.graph.records import Group, Groups
 from secateur.score.scoring import tensors_of
@@ -217,13 +217,8 @@ def _first_odd_shape(smaller: nn.Module, plan: Plan, analysis: Analysis, example
     except CaptureError as error:
         return str(error)
     stays = survivors(plan.groups, plan.keep)
-    if len(trace.calls) != len(analysis.trace.calls):
-        return f"{len(trace.calls)} ops instead of {len(analysis.trace.calls)}"
-    for want, got in zip(analysis.trace.calls, trace.calls):
-        for a, b in zip(want.outputs, got.outputs):
-            if a is None or b is None:
-                continue
-            shape = predicted_shape(analysis.trace.values[a.id].shape, analysis.units_of(a), stays)
-            if trace.values[b.id].shape != shape:
-                return f"{got.where} makes {trace.values[b.id].shape}, predicted {shape}"
-    return ""
+    wanted, made = steps(analysis.trace.calls), steps(trace.calls)
+    if [name for name, _ in wanted] != [name for name, _ in made]:
+        return f"other ops than before the cut ({len(made)} instead of {len(wanted)})"
+    odd = (first_odd_output(a, b, analysis, trace.values, stays) for (_, a), (_, b) in zip(wanted, made))
+    return next((text for text in odd if text), "")

@@ -100,7 +100,7 @@ def run_masked(model: nn.Module, inputs: Any, trace: Trace, zeroed: Zeroed) -> A
 
 class _Zeroing(TorchDispatchMode):
     def __init__(self, trace: Trace, zeroed: Zeroed) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace, self._zeroed, self._index = trace, zeroed, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

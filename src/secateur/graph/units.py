@@ -1,0 +1,79 @@
+"""Numbers for units, and union-find over all that is said about them: what is one, what may not go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Ids = NDArray[np.int64]
+
+
+class Units:
+    """The numbers handed out, and all that the ops said about them; solved once, at the end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._edges: list[tuple[Ids, Ids]] = []
+        self._frozen: list[tuple[Ids, str]] = []
+        self._inexact: list[tuple[Ids, str]] = []
+
+    def fresh(self, size: int) -> Ids:
+        """`size` new units."""
+        ids = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        return ids
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        """a[i] and b[i] are one unit, for every i (shapes broadcast)."""
+        if a is not b:
+            a, b = np.broadcast_arrays(a, b)
+            self._edges.append((a.ravel(), b.ravel()))
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """These units may not be cut."""
+        self._frozen.append((ids.ravel(), reason))
+
+    def inexact(self, ids: Ids, reason: str) -> None:
+        """Cutting these units changes a statistic over the units that stay."""
+        self._inexact.append((ids.ravel(), reason))
+
+    def solve(self) -> Solution:
+        """The classes of units that are one."""
+        sources = np.concatenate([a for a, _ in self._edges] or [np.empty(0, np.int64)])
+        targets = np.concatenate([b for _, b in self._edges] or [np.empty(0, np.int64)])
+        graph = coo_array((np.ones(len(sources), np.int8), (sources, targets)), shape=(self.count, self.count))
+        count, root = connected_components(graph, directed=False) if self.count else (0, np.empty(0, np.int64))
+        root = root.astype(np.int64)
+        return Solution(root, _reasons(root, count, self._frozen), _reasons(root, count, self._inexact))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`root[unit]` is its class; `frozen[class]` and `inexact[class]` index `reasons`, -1 where there is none."""
+
+    root: Ids
+    _frozen: tuple[Ids, tuple[str, ...]]
+    _inexact: tuple[Ids, tuple[str, ...]]
+
+    def frozen(self, roots: Ids) -> NDArray[np.bool_]:
+        return np.asarray(self._frozen[0][roots] >= 0)
+
+    def why_frozen(self, root: int) -> str:
+        return self._frozen[1][int(self._frozen[0][root])]
+
+    def why_inexact(self, root: int) -> str:
+        index = int(self._inexact[0][root])
+        return self._inexact[1][index] if index >= 0 else ""
+
+
+def _reasons(root: Ids, count: int, said: Sequence[tuple[Ids, str]]) -> tuple[Ids, tuple[str, ...]]:
+    first = np.full(count, -1, np.int64)
+    # Backwards, so that the reason given first is the one that stays.
+    for index in range(len(said) - 1, -1, -1):
+        first[root[said[index][0]]] = index
+    return first, tuple(reason for _, reason in said)

@@ -1,0 +1,181 @@
+"""Cutting: what comes out, what must not change, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import networks
+from secateur.allocate.plan import Plan, allocate
+from secateur.allocate.uniform import Uniform
+from secateur.errors import PlanError
+from secateur.graph.groups import find_groups
+from secateur.graph.records import Groups
+from secateur.score.magnitude import Magnitude
+from secateur.score.scoring import score
+from secateur.surgery.certify import certify
+from secateur.surgery.cut import apply
+from secateur.surgery.simulate import mask
+
+CUTTABLE = tuple(net for net in networks.NETWORKS if net.sizes)
+FOUND: tuple[tuple[networks.Net, Groups], ...] = tuple(
+    (net, find_groups(networks.build(net), net.inputs())) for net in CUTTABLE
+)
+BY_NAME = [net.make.__name__ for net in CUTTABLE]
+
+
+@st.composite
+def plans(draw: st.DrawFn, groups: Groups) -> Plan:
+    keep = [
+        tuple(sorted(draw(st.sets(st.integers(0, group.size - 1), min_size=1, max_size=group.size))))
+        for group in groups.groups
+    ]
+    return Plan(groups, tuple(keep))
+
+
+@pytest.mark.parametrize("case", FOUND, ids=BY_NAME)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_plan_on_every_network_is_certified(case: tuple[networks.Net, Groups], data: st.DataObject) -> None:
+    net, groups = case
+    model, plan = networks.build(net), data.draw(plans(groups))
+    before = copy.deepcopy(model.state_dict())
+    smaller = apply(model, plan)
+    certificate = certify(model, smaller, plan, net.inputs())
+    assert certificate.ok, certificate.sentence
+    assert sum(p.numel() for p in smaller.parameters()) == plan.params_left
+    assert {n: tuple(t.shape) for n, t in smaller.state_dict().items()} == groups.shapes(plan.keep)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).hash == plan.hash
+
+
+@pytest.mark.parametrize("case", FOUND, ids=BY_NAME)
+def test_the_empty_plan_is_a_bitwise_no_op(case: tuple[networks.Net, Groups]) -> None:
+    net, groups = case
+    model, inputs = networks.build(net), net.inputs()
+    plan = Plan(groups, tuple(tuple(range(group.size)) for group in groups.groups))
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    with torch.no_grad():
+        same = torch.utils._pytree.tree_map(torch.equal, model(*args), apply(model, plan)(*args))
+    assert all(torch.utils._pytree.tree_leaves(same))
+    assert plan.attributes() == {}
+
+
+def test_layers_say_their_new_sizes() -> None:
+    net, groups = FOUND[BY_NAME.index("Depthwise")]
+    smaller = apply(networks.build(net), Plan(groups, ((0, 2, 5),)))
+    assert "Conv2d(3, 3, kernel_size=(1, 1)" in str(smaller[0])
+    assert "Conv2d(3, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=3)" in str(smaller[1])
+    assert "groups=6" in str(smaller[3])
+
+
+def test_padding_of_a_shortcut_follows_the_cut() -> None:
+    net, groups = FOUND[BY_NAME.index("ZeroPadded")]
+    # The padded channels 0, 1 | 6, 7 of the wide stage are a group of their own.
+    plan = Plan(groups, ((1, 2), (0, 1, 2, 3, 4), (0, 2, 3)))
+    smaller = apply(networks.build(net), plan)
+    assert smaller.padding == (0, 0, 0, 0, 1, 2)
+    assert smaller.head.in_features == 5
+
+
+def test_everything_else_about_the_model_survives() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4)).double()
+    model = model.to(memory_format=torch.channels_last)
+    model[0].weight.requires_grad_(False)
+    calls: list[int] = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    model.register_buffer("steps", torch.tensor(7))
+    x = torch.randn(2, 3, 4, 4).double()
+    groups = find_groups(model, x)
+    calls.clear()
+    smaller = apply(model, Plan(groups, ((0, 1, 6),))).train()
+    smaller(x)
+    assert calls == [1]
+    assert smaller.training
+    assert smaller[0].weight.dtype is torch.float64
+    assert smaller[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not smaller[0].weight.requires_grad
+    assert smaller[3].weight.requires_grad
+    assert int(smaller.steps) == 7
+    assert isinstance(smaller[0].weight, nn.Parameter)
+
+
+def test_parametrizations_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    plan = allocate(score(model, find_groups(model, x), Magnitude()), Uniform(0.5))
+    smaller = apply(model, plan)
+    assert nn.utils.parametrize.is_parametrized(smaller[1], "weight")
+    assert certify(model, smaller, plan, x).ok
+
+
+def test_tied_modules_share_one_cut_tensor() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2))
+    model[2].weight = model[0].weight
+    into = nn.Sequential(nn.Linear(3, 5), *model)
+    groups = find_groups(into, torch.randn(2, 3))
+    assert [group.size for group in groups.groups] == [5]
+    smaller = apply(into, Plan(groups, ((0, 4),)))
+    assert smaller[1].weight is smaller[3].weight
+    assert smaller[1].weight.shape == (2, 2)
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    groups = FOUND[0][1]
+    plan = Plan(groups, tuple((0,) for _ in groups.groups))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(PlanError, match=r"made for another model: 0.weight is \(4, 3\) here"):
+        apply(other, plan)
+    with pytest.raises(PlanError, match=r"made for another model"):
+        certify(other, other, plan, torch.randn(1, 3))
+
+
+def test_a_damaged_cut_is_not_certified() -> None:
+    net, groups = FOUND[1]
+    model = networks.build(net)
+    plan = Plan(groups, tuple(tuple(range(group.size // 2)) for group in groups.groups))
+    smaller = apply(model, plan)
+    with torch.no_grad():
+        smaller.a.weight.copy_(smaller.a.weight.flip(0))
+    certificate = certify(model, smaller, plan, net.inputs())
+    assert not certificate.ok
+    assert "cut model equals masked model" in certificate.sentence
+
+
+def test_a_cut_of_another_plan_is_not_certified() -> None:
+    net, groups = FOUND[1]
+    model = networks.build(net)
+    promised, done = (Plan(groups, tuple(tuple(range(g.size - n)) for g in groups.groups)) for n in (2, 3))
+    certificate = certify(model, apply(model, done), promised, net.inputs())
+    assert not certificate.ok
+    assert "predicted" in certificate.sentence
+
+
+def test_mask_computes_the_cut_model_and_leaves_no_trace() -> None:
+    net, groups = FOUND[BY_NAME.index("Attention")]
+    model, x = networks.build(net), net.inputs()
+    model.train()
+    plan = Plan(groups, ((1, 3),))
+    smaller = apply(model, plan).eval()
+    with mask(model, plan, x) as masked, torch.no_grad():
+        assert not model.training
+        torch.testing.assert_close(masked(x), smaller(x))
+        assert not torch.allclose(masked(x), model(x))
+    assert model.training
+
+
+def test_seed_of_the_certificate_changes_the_shuffle() -> None:
+    net, groups = FOUND[1]
+    model = networks.build(net)
+    plan = Plan(groups, tuple((0,) for _ in groups.groups))
+    errors = {certify(model, apply(model, plan), plan, net.inputs(), seed=s).control_error for s in (0, 1)}
+    assert len(errors) == 2
