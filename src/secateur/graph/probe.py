@@ -19,7 +19,7 @@ from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis, UnitBlock, analyse
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Trace, Value, fake_copy, recording, run, steps, tensors_in
-from secateur.graph.rebuild import narrow, rebuild
+from secateur.graph.rebuild import rebuild
 from secateur.graph.records import Groups
 
 PLANS = 2
@@ -81,8 +81,10 @@ def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed:
     keep = random_keep(groups, seed)
     stays = survivors(groups, keep)
     with fake_copy(model, example_inputs) as (twin, inputs):
-        whole = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-        cut = rebuild(twin, {**whole, **narrow(twin, groups.kept(keep))}, groups.attributes(keep))
+        tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+        shapes = groups.shapes(keep)
+        narrowed = {n: t if t.shape == shapes[n] else t.new_empty(shapes[n]) for n, t in tensors.items()}
+        cut = rebuild(twin, narrowed, groups.attributes(keep))
         with recording(cut) as recorder:
             for tensor in tensors_in(inputs):
                 recorder.register(tensor, "input")
