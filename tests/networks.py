@@ -243,7 +243,7 @@ NETWORKS = (
     Net(TiedTwice, tokens(4), (6,)),
     Net(RawParameter, tokens(4), (6,)),
     Net(TwoInTwoOut, two_inputs, (6,)),
-    Net(FixedView, image(), (6,)),
+    Net(FixedView, image(), (4, 6)),
     Net(Recurrent, tokens(4), ()),
     Net(PixelShuffle, image(), (4, 6)),
 )

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from secateur.allocate.uniform import Uniform
     from secateur.errors import SecateurError
     from secateur.graph.groups import find_groups
-    from secateur.measure.accuracy import accuracy
-    from secateur.measure.latency import compare_latency, latency
+    from secateur.graph.records import Groups
+    from secateur.measure.accuracy import Accuracy, accuracy
+    from secateur.measure.latency import Latency, compare_latency, latency
     from secateur.measure.macs import count_macs
     from secateur.measure.measurement import Measurement, measure
     from secateur.measure.params import count_params, file_bytes
@@ -35,18 +36,25 @@ if TYPE_CHECKING:
     from secateur.report.page import write_page
     from secateur.score.magnitude import Magnitude
     from secateur.score.random import Random
-    from secateur.score.scoring import score
-    from secateur.surgery.certify import certify
+    from secateur.score.scoring import Scores, score
+    from secateur.surgery.certify import Certificate, certify
     from secateur.surgery.cut import apply
     from secateur.surgery.masks import Masks, find_masks
+    from secateur.surgery.simulate import mask
     from secateur.zoo.data import Data, load_data
+    from secateur.zoo.images import Images
     from secateur.zoo.models import build_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accuracy",
+    "Certificate",
     "Data",
+    "Groups",
     "History",
+    "Images",
+    "Latency",
     "Ledger",
     "Magnitude",
     "Masks",
@@ -55,6 +63,7 @@ __all__ = [
     "Random",
     "Recipe",
     "RunRecord",
+    "Scores",
     "SecateurError",
     "SparsityGuided",
     "SparsityTable",
@@ -77,6 +86,7 @@ __all__ = [
     "latency",
     "load",
     "load_data",
+    "mask",
     "measure",
     "read_recipe",
     "resume",
@@ -94,8 +104,9 @@ _HOMES = MappingProxyType(
         "allocate.uniform": ("Uniform",),
         "errors": ("SecateurError",),
         "graph.groups": ("find_groups",),
-        "measure.accuracy": ("accuracy",),
-        "measure.latency": ("compare_latency", "latency"),
+        "graph.records": ("Groups",),
+        "measure.accuracy": ("Accuracy", "accuracy"),
+        "measure.latency": ("Latency", "compare_latency", "latency"),
         "measure.macs": ("count_macs",),
         "measure.measurement": ("Measurement", "measure"),
         "measure.params": ("count_params", "file_bytes"),
@@ -108,13 +119,15 @@ _HOMES = MappingProxyType(
         "recover.train": ("Stage", "fine_tune"),
         "report.ledger": ("Ledger", "RunRecord"),
         "report.page": ("write_page",),
-        "score.scoring": ("score",),
+        "score.scoring": ("Scores", "score"),
         "score.magnitude": ("Magnitude",),
         "score.random": ("Random",),
-        "surgery.certify": ("certify",),
+        "surgery.certify": ("Certificate", "certify"),
         "surgery.cut": ("apply",),
         "surgery.masks": ("Masks", "find_masks"),
+        "surgery.simulate": ("mask",),
         "zoo.data": ("Data", "load_data"),
+        "zoo.images": ("Images",),
         "zoo.models": ("build_model",),
     }
 )

@@ -19,7 +19,7 @@ import typer
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
-    from secateur.recipe.run import Progress
+    from secateur.recipe.run import Progress, Status
     from secateur.recipe.schema import Recipe
     from secateur.report.layout import Table
     from secateur.report.ledger import RunRecord
@@ -265,11 +265,16 @@ def _progress() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda status: print(f"{status.text} ({status.done} of {status.total} epochs)", file=sys.stderr)
+        yield _print_line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    epochs = (MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *epochs, console=console, transient=True) as bar:
         task = bar.add_task("reading data and model", total=None)
         yield lambda status: bar.update(
-            task, description=status.text, completed=status.done, total=status.total
+            task, description=status.text, completed=status.done + status.share, total=status.total
         )
+
+
+def _print_line(status: Status) -> None:
+    if not status.share:
+        print(f"{status.text} ({status.done} of {status.total} epochs)", file=sys.stderr, flush=True)

@@ -17,11 +17,12 @@ from secateur.allocate.sparsity_guided import SparsityGuided
 from secateur.allocate.uniform import Uniform
 from secateur.errors import PlanError, UnknownName
 from secateur.graph.groups import find_groups
-from secateur.graph.records import Groups
+from secateur.graph.records import Group, Groups, Slot
 from secateur.measure.sparsity import SparsityRow, SparsityTable
 from secateur.score.magnitude import Magnitude
 from secateur.score.scoring import Scores, score
 from secateur.surgery.cut import apply
+from secateur.surgery.masks import find_masks
 
 TABLE_1 = (
     (56, 1728), (6081, 36864), (12449, 73728), (29101, 147456), (68043, 294912), (164093, 589824), (160281, 589824),
@@ -53,6 +54,23 @@ def test_the_reports_golden_numbers() -> None:
     assert tuple(m.out_channels for m in convs) == CONVS
     assert [(m.in_features, m.out_features) for m in linears] == [(14504, 366), (366, 1617), (1617, 100)]
     assert sum(p.numel() for p in smaller.parameters()) == 12_141_667
+
+
+def test_a_group_made_by_attention_has_the_sparsity_of_its_projections() -> None:
+    table = find_masks(nn.MultiheadAttention(4, 2), 0.5).table()
+    heads = Group("heads", 2, (Slot("in_proj_weight", 0, "write", ((0, 1, 4, 5, 8, 9), (2, 3, 6, 7, 10, 11))),))
+    groups = dataclasses.replace(find_groups(nn.Linear(2, 3), torch.zeros(1, 2)), groups=(heads,))
+    assert SparsityGuided(table)(groups) == [table["in_proj_weight"].sparsity]
+
+
+def test_a_vision_transformer_is_cut_as_its_sparsity_says() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=3).eval()
+    groups = find_groups(model, torch.zeros(1, 3, 16, 16))
+    plan = allocate(score(model, groups, Magnitude()), SparsityGuided(find_masks(model, 0.5).table()))
+    smaller = apply(model, plan)
+    assert smaller(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_what_stays_is_out_minus_floor_of_the_share() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import save_file
 
 from secateur.cli import main
+from secateur.codec.files import locked
 
 NETWORK = """
 from torch import nn
@@ -88,6 +91,28 @@ def test_progress_goes_to_stderr_line_by_line_where_there_is_no_terminal(capsys)
     assert lines[-1] == "writing the report (2 of 2 epochs)"
 
 
+def test_a_bar_with_the_time_that_is_left_moves_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    completed = []
+    update = Progress.update
+
+    def noted(bar, task, **fields):
+        completed.append(fields["completed"])
+        update(bar, task, **fields)
+        bar.refresh()
+
+    monkeypatch.setattr(Progress, "update", noted)
+    assert main(["compress", "mine.toml"]) == 0
+    assert completed == sorted(completed)
+    assert len([done for done in completed if 0 < done < 1]) == 5
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    for part in ("step 1 of 2: train ━", "step 1 of 2: validation", "step 2 of 2: cut ━", "1/2 epochs 0:00:0", "2/2 epochs"):
+        assert part in shown
+    assert "epochs)" not in shown
+
+
 def test_options_change_the_recipe():
     assert main(["compress", "mine.toml", "--sparsity", "0.25", "--epochs", "1", "--out", "out"]) == 0
     text = Path("out/recipe.toml").read_text()
@@ -111,6 +136,9 @@ def test_sparsity_prints_the_table_and_draws_the_plot(capsys):
     assert "196" in out
     assert "50.00 %" in out
     assert Path("layers.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "layers.svg"]) == 0
+    # In the report's style, whatever the user's matplotlib is set to.
+    assert 'width="547.2pt"' in Path("layers.svg").read_text()
 
 
 @pytest.mark.parametrize("command", ["demo", "compress", "resume", "report", "sparsity", "measure", "inspect"])
@@ -132,6 +160,7 @@ def test_every_command_has_an_example(capsys, command):
         ("lr = 0.1", 'lr = "fast"', "line 10: lr in a stage of step 1 (train) must be a number"),
         ("[data]", "[data", "is not TOML: "),
         ("lr = 0.1", "lr = 1e38", "start again with a lower one"),
+        ("threads = 1", 'device = "mps"', "has no device 'mps' that torch can use"),
         ('"digits"', '"parquet:empty"', "empty"),
         ('"digits"', '"imagefolder:nowhere"', "nowhere"),
     ],
@@ -155,6 +184,7 @@ def test_bad_recipes_end_in_a_sentence(capsys, old, new, sentence):
         (("compress", "mine.toml", "--weights", "gone.safetensors"), "gone.safetensors"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "1"), "sparsity 1.0 is out of range"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "x.jpg"), "unknown kind of picture"),
+        (("sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "no/x.png"), "there is no folder no"),
         (("measure", "--model", "torchvision:resnet81"), "did you mean 'resnet18'?"),
         (("measure", "--model", "nets.py:make", "--input", "1;2"), "--input '1;2' is not a shape"),
         (("measure", "--model", "nets.py:make", "--data", "digits", "--classes", "4"), "class counts do not match"),
@@ -179,6 +209,16 @@ def test_a_run_folder_that_exists_is_left_alone(capsys):
     assert "secateur resume out), replace it (--force)" in refused(capsys, "compress", "mine.toml", "--out", "out")
     assert Path("out/journal.jsonl").read_bytes() == before
     assert main(["compress", "mine.toml", "--out", "out", "--force"]) == 0
+
+
+def test_a_run_folder_in_use_is_left_alone(capsys):
+    with locked("out"):
+        assert "another process is at work in 'out'" in refused(capsys, "compress", "mine.toml", "--out", "out")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_made_ends_in_a_sentence(capsys):
+    assert "could not write nets.py/out" in refused(capsys, "compress", "mine.toml", "--out", "nets.py/out")
 
 
 def test_a_full_disk_ends_in_a_sentence(capsys, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from secateur.codec.files import append_line, read_json, replacing, write_bytes, write_json, write_text
+from secateur.codec.files import append_line, locked, read_json, replacing, write_bytes, write_json, write_text
 from secateur.errors import RunError
 
 
@@ -241,3 +241,45 @@ def test_a_line_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="one line was expected, but the text has a line end in it"):
         append_line(tmp_path / "log", text)
     assert names(tmp_path) == []
+
+
+HOLD = """
+import sys, time
+from secateur.codec.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends_however_it_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=r"another process is at work in .*run'; wait until it has ended"):
+            locked(folder).__enter__()
+        other.kill()
+    with locked(folder):
+        assert names(folder) == []
+    with locked(folder), locked(tmp_path):
+        assert names(tmp_path) == ["run"]
+
+
+def test_a_folder_is_free_again_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="oh"), locked(tmp_path):
+        raise KeyError("oh")
+    with locked(tmp_path):
+        assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"could not write .*there is no folder"):
+        locked(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_file_system_without_locks_does_not_stop_anyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", refusing(errno.ENOLCK))
+    with locked(tmp_path), locked(tmp_path):
+        assert names(tmp_path) == []

@@ -47,8 +47,8 @@ def test_equals_the_slow_count() -> None:
     ranks = [sorted(row, reverse=True).index(row[label]) for row, label in zip(outputs.tolist(), labels.tolist())]
     found = accuracy(nn.Identity(), parts)
     assert found.images == 50
-    assert found.top1 == 100 * sum(rank < 1 for rank in ranks) / 50
-    assert found.top5 == 100 * sum(rank < 5 for rank in ranks) / 50
+    assert found.top1 == sum(rank < 1 for rank in ranks) / 50
+    assert found.top5 == sum(rank < 5 for rank in ranks) / 50
     assert found.loss == pytest.approx(float(F.cross_entropy(outputs.double(), labels)), rel=1e-6)
     assert (found.nonfinite, found.note) == (0, "")
 
@@ -80,7 +80,7 @@ def test_nonfinite_outputs_are_counted_and_a_nan_is_never_right() -> None:
     outputs[2, 1] = torch.nan
     outputs[1, 3] = -torch.inf
     found = accuracy(nn.Identity(), [(outputs, torch.ones(4, dtype=torch.int64))])
-    assert found.top1 == 50.0
+    assert found.top1 == 0.5
     assert found.nonfinite == 2
     assert found.note == "2 of 4 images have outputs that are not finite numbers"
     assert found.loss != found.loss
@@ -145,6 +145,15 @@ def test_a_model_on_another_device() -> None:
         accuracy(nn.Linear(10, 10), batches(), device="meta")
 
 
-@pytest.mark.parametrize("record", [Accuracy(91.5, 99.0, 0.3, 200), Accuracy(50.0, None, 0.7, 2, nonfinite=1)])
+@pytest.mark.parametrize("record", [Accuracy(0.915, 0.99, 0.3, 200), Accuracy(0.5, None, 0.7, 2, nonfinite=1)])
 def test_json_round_trip(record: Accuracy) -> None:
     assert Accuracy.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_is_null_in_json(loss: float) -> None:
+    value = json.loads(json.dumps(Accuracy(0.1, None, loss, 2, nonfinite=1).to_json(), allow_nan=False))
+    assert value["loss"] is None
+    found = Accuracy.from_json(value)
+    assert found.loss != found.loss
+    assert (found.top1, found.nonfinite) == (0.1, 1)

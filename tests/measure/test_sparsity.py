@@ -45,8 +45,21 @@ def test_prunable_are_convolutions_and_linear_layers_in_order() -> None:
     assert list(prunable_weights(nn.Sequential(*layers))) == [f"{i}.weight" for i in (0, 1, 4, 5, 6)]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        ({}, ["in_proj_weight", "out_proj.weight"]),
+        ({"kdim": 2, "vdim": 3}, ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]),
+    ],
+)
+def test_the_projections_of_attention_are_prunable(sizes: dict[str, int], names: list[str]) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, add_bias_kv=True, **sizes))
+    assert list(prunable_weights(model)) == [f"0.{name}" for name in names]
+
+
 def test_the_model_itself_may_be_the_layer() -> None:
     assert list(prunable_weights(nn.Linear(3, 2))) == ["weight"]
+    assert list(prunable_weights(nn.MultiheadAttention(4, 2))) == ["in_proj_weight", "out_proj.weight"]
 
 
 def test_tied_weights_appear_once() -> None:

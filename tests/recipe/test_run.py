@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from secateur.codec.files import locked
 from secateur.errors import DataError, RunError, TrainingError, UnknownName
+from secateur.measure.latency import Latency
 from secateur.recipe.folder import load
 from secateur.recipe.journal import JOURNAL
 from secateur.recipe.reading import read_recipe
 from secateur.recipe.run import read_record, resume, run
 from secateur.recipe.schema import Cut, DataPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.steps import prepare
 from secateur.report.ledger import ChannelRow
 
 NETWORK = """
@@ -105,6 +109,60 @@ def test_another_seed_gives_another_model(tmp_path, network):
     )
 
 
+def test_the_models_are_timed_by_turns_with_the_first_and_the_ledger_uses_it(tmp_path, network, monkeypatch):
+    widths = []
+
+    def compare(first, second, example, *, threads, device):
+        widths.append((first[0].out_channels, second[0].out_channels))
+        assert (tuple(example.shape), threads, device.type) == ((1, 1, 8, 8), 1, "cpu")
+        # The medians say slower: what counts is the median over the pairs.
+        return Latency(2.0, 1.0, 9.0, 30, 1, 1, "cpu"), Latency(3.0, 1.0, 9.0, 30, 1, 1, "cpu"), len(widths) + 1.0
+
+    monkeypatch.setattr("secateur.recipe.run.compare_latency", compare)
+    steps = (CUT, TRAIN, Cut(sparsity=0.5), Sparsify(sparsity=0.5))
+    made = run(recipe(network, *steps), tmp_path / "run")
+    rows = made.ledger.rows
+    assert [row.speedup for row in rows] == [None, 2.0, 2.0, 3.0, 3.0]
+    assert [row.measurement.latency.median_ms for row in rows] == [2.0, 3.0, 3.0, 3.0, 3.0]
+    assert "3.0x faster" in made.ledger.verdict
+    assert [first for first, _ in widths] == [8, 8]
+    assert 8 > widths[0][1] > widths[1][1]
+
+
+def test_a_run_of_one_shape_is_timed_once(tmp_path, network):
+    made = run(recipe(network, TRAIN, Sparsify(sparsity=0.5)), tmp_path / "run")
+    trained, sparsified = made.ledger.rows
+    assert trained.measurement.latency == sparsified.measurement.latency
+    assert (trained.speedup, sparsified.speedup) == (None, None)
+    assert trained.measurement.latency.runs == 30
+    assert "same speed" in made.ledger.verdict
+
+
+def test_a_run_broken_off_while_it_times_goes_on(tmp_path, network, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("secateur.recipe.run.compare_latency", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(network), tmp_path / "run")
+    made = resume(tmp_path / "run")
+    assert [row.speedup is None for row in made.ledger.rows] == [True, False, False]
+
+
+def test_progress_moves_within_an_epoch(tmp_path, network):
+    told = []
+    run(recipe(network), tmp_path / "run", progress=told.append)
+    places = [status.done + status.share for status in told]
+    assert places == sorted(places)
+    assert {status.share for status in told if status.done == 0} == {0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1}
+    assert all(status.text == "step 1 of 3: train" for status in told if status.done == 0)
+    within = [status.text for status in told if status.done == 1 and status.share]
+    assert all(text.startswith("step 1 of 3: validation ") for text in within)
+    assert len(within) == 6
+    assert {status.total for status in told} == {4}
+
+
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
 def test_a_run_broken_off_comes_out_the_same(tmp_path, network, done):
     run(recipe(network), tmp_path / "whole")
@@ -135,6 +193,14 @@ def test_a_cut_ends_the_masks_and_says_so(tmp_path, network):
     assert any("masks that were in force ended with the cut" in note for note in made.notes)
 
 
+def test_what_was_asked_is_what_the_notes_say(tmp_path, network):
+    steps = (Sparsify(sparsity=0.125), Cut(sparsity=0.125), Cut(sparsity=0.255, guide="uniform"))
+    made = run(recipe(network, *steps, Sparsify(sparsity=0.4, scope="layer")), tmp_path / "run")
+    assert [row.note for row in made.ledger.rows[1:]] == [
+        "12.5 % of all weights together", "12.5 %, guided by sparsity", "25.5 % of each layer", "40 % of each layer",
+    ]  # fmt: skip
+
+
 def test_a_model_that_is_trained_already_is_measured_first(tmp_path, network):
     made = run(recipe(network, CUT), tmp_path / "run")
     assert [row.step for row in made.ledger.rows] == ["original", "cut"]
@@ -159,6 +225,31 @@ def test_a_run_is_replaced_only_by_force(tmp_path, network):
     assert (tmp_path / "run" / JOURNAL).read_text() == before
     made = run(recipe(network, Cut(sparsity=0.25)), tmp_path / "run", force=True)
     assert read_record(tmp_path / "run") == made
+
+
+def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path, network):
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(network), tmp_path / "run", progress=Break(1))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    with locked(tmp_path / "run"):
+        with pytest.raises(RunError, match=r"another process is at work in .*run'; wait until"):
+            run(recipe(network), tmp_path / "run", force=True)
+        with pytest.raises(RunError, match=r"another process is at work in .*run'; wait until"):
+            resume(tmp_path / "run")
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
+    assert resume(tmp_path / "run") == read_record(tmp_path / "run")
+
+
+def test_of_two_that_start_at_once_the_second_does_not_replace_the_first(tmp_path, network, monkeypatch):
+    def prepare_slowly(wanted):
+        monkeypatch.setattr("secateur.recipe.run.prepare", prepare)
+        run(recipe(network, CUT), tmp_path / "run")
+        return prepare(wanted)
+
+    monkeypatch.setattr("secateur.recipe.run.prepare", prepare_slowly)
+    with pytest.raises(RunError, match="holds a run already"):
+        run(recipe(network), tmp_path / "run")
+    assert [row.step for row in read_record(tmp_path / "run").ledger.rows] == ["original", "cut"]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, network):
@@ -191,6 +282,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_epoch(tmp_path, network):
     with pytest.raises(TrainingError, match="the loss is"):
         run(recipe(network, wild), tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints" / "train-1").glob("*.safetensors"))
+
+
+def test_a_measured_loss_that_is_not_finite_is_kept_as_null(tmp_path, network):
+    code = NETWORK.replace("return nn.Sequential(", "net = nn.Sequential(")
+    (tmp_path / "nets.py").write_text(f"{code}    net[-1].bias.data[3] = float('nan')\n    return net\n")
+    made = run(recipe(network, Sparsify(sparsity=0.5)), tmp_path / "run")
+    assert math.isnan(made.ledger.rows[-1].measurement.accuracy.loss)
+    for name in ("run.json", "ledger.json"):
+        assert '"loss": null' in (tmp_path / "run" / name).read_text()
+    found = read_record(tmp_path / "run").ledger.rows[-1].measurement.accuracy
+    assert math.isnan(found.loss)
+    assert "359 of 359 images have outputs that are not finite" in found.note
+
+
+def test_the_threads_are_those_of_the_recipe(tmp_path, network):
+    for threads in (1, 2):
+        wanted = recipe(network, CUT).model_copy(update={"threads": threads})
+        made = run(wanted, tmp_path / str(threads))
+        assert made.ledger.rows[-1].measurement.latency.threads == threads
+        assert ("threads", str(threads)) in made.conditions
 
 
 def test_the_callers_threads_and_random_numbers_are_left_alone(tmp_path, network):

@@ -15,7 +15,7 @@ from secateur.measure.sparsity import SparsityTable
 from secateur.report.ledger import Ledger, LedgerRow, RunRecord, latency_change
 
 BASE = Measurement(
-    accuracy=Accuracy(98.9, None, 0.1, 1000),
+    accuracy=Accuracy(0.989, None, 0.1, 1000),
     params=1000,
     macs=Macs(2000, (), (), 2),
     bytes=10_000_000,
@@ -24,8 +24,9 @@ BASE = Measurement(
 )
 
 
-def ledger(**changes):
-    return Ledger((LedgerRow("original", "", BASE, 0.0), LedgerRow("last", "", replace(BASE, **changes), 1.0)))
+def ledger(speedup=None, **changes):
+    last = LedgerRow("last", "", replace(BASE, **changes), 1.0, speedup)
+    return Ledger((LedgerRow("original", "", BASE, 0.0), last))
 
 
 def timed(ms, **changes):
@@ -34,7 +35,7 @@ def timed(ms, **changes):
 
 def test_verdict_names_what_was_gained_and_what_it_cost():
     last = ledger(
-        bytes=500_000, macs=Macs(500, (), (), 2), latency=timed(2.0), accuracy=Accuracy(98.3, None, 0.1, 1000)
+        bytes=500_000, macs=Macs(500, (), (), 2), latency=timed(2.0), accuracy=Accuracy(0.983, None, 0.1, 1000)
     )
     assert last.verdict == (
         "20.0x smaller file, 4.0x fewer MACs, 2.0x faster, accuracy 98.90 % -> 98.30 % (-0.60 points)"
@@ -48,13 +49,15 @@ def test_verdict_names_what_was_gained_and_what_it_cost():
         ({"latency": timed(4.8)}, "1.2x slower"),
         ({"latency": timed(4.1)}, "same speed"),
         ({"latency": timed(4.36)}, "9.0 % slower"),
+        ({"latency": timed(3.0, low_ms=1.0, high_ms=9.0), "speedup": 1.9}, "1.9x faster"),
+        ({"latency": timed(3.0, low_ms=1.0, high_ms=9.0), "speedup": 0.5}, "2.0x slower"),
         ({"latency": timed(2.0, threads=1)}, "2.00 ms under other conditions"),
         ({"bytes": 12_000_000}, "1.2x larger file"),
         ({"bytes": 9_700_000}, "3.0 % smaller file"),
         ({}, "same file size, same MACs, same speed, accuracy 98.90 % -> 98.90 % (+0.00 points)"),
         ({"macs": Macs(4000, (), (), 2)}, "2.0x more MACs"),
         ({"macs": Macs(4000, (), (), 4)}, "same MACs"),
-        ({"accuracy": Accuracy(99.25, None, 0.1, 1000)}, "accuracy 98.90 % -> 99.25 % (+0.35 points)"),
+        ({"accuracy": Accuracy(0.9925, None, 0.1, 1000)}, "accuracy 98.90 % -> 99.25 % (+0.35 points)"),
     ],
 )
 def test_verdict_is_honest_in_both_directions(changes, part):
@@ -83,7 +86,21 @@ def test_a_difference_counts_only_outside_the_spread():
     assert latency_change(timed(4.0), timed(3.8, low_ms=3.79, high_ms=3.81)) == "5.0 % faster"
 
 
+def test_models_timed_by_turns_are_compared_by_the_pairs():
+    busy = timed(7.0, low_ms=2.66, high_ms=11.3), timed(10.6, low_ms=2.75, high_ms=11.6)
+    assert latency_change(*busy, speedup=1.5) == "1.5x faster"
+    assert latency_change(*busy, speedup=0.5) == "2.0x slower"
+    assert latency_change(*busy, speedup=1.09) == "within the spread"
+    assert latency_change(timed(4.0), timed(3.8, low_ms=3.79, high_ms=3.81), speedup=1.04) == "3.8 % faster"
+    assert latency_change(timed(4.0), timed(2.0, threads=1), speedup=2.0) == "other conditions"
+
+
+def test_one_timing_for_two_rows_is_no_change():
+    assert latency_change(timed(4.0), timed(4.0)) == "unchanged"
+
+
 def test_record_survives_json(demo):
+    demo = replace(demo, ledger=Ledger(tuple(replace(row, speedup=1.5) for row in demo.ledger.rows)))
     assert RunRecord.from_json(json.loads(json.dumps(demo.to_json()))) == demo
 
 

@@ -11,7 +11,7 @@ from secateur.report import numbers
     "form",
     [
         numbers.count, numbers.scaled, numbers.megabytes, numbers.mebibytes, numbers.percent, numbers.milliseconds,
-        numbers.duration, numbers.loss, numbers.evidence,
+        numbers.duration, numbers.loss,
     ],
 )  # fmt: skip
 def test_what_was_not_measured_is_a_dash(form):
@@ -41,7 +41,8 @@ def test_what_was_not_measured_is_a_dash(form):
         (numbers.change(4, 0, "less", "more"), ""),
         (numbers.change(100_000, 99_999, "less", "more"), "under 0.1 % less"),
         (numbers.change(2, 3, "less", "more"), "1.5x more"),
-        (numbers.evidence(math.inf), "not finite"),
+        (numbers.share(0.07), "7 %"),
+        (numbers.share(1 / 3), "33.3333 %"),
     ],
 )
 def test_edges(shown, expected):

@@ -96,7 +96,7 @@ def test_everything_a_user_supplies_is_escaped(demo):
         sparsity=SparsityTable((SparsityRow(bad, 1, 2),)),
         channels=(ChannelRow(bad, 4, 3),),
         frozen=(FrozenRow(bad, bad),),
-        certificate=(CheckRow(bad, 1.0, False),),
+        certificate=(CheckRow(bad, bad, False),),
         histories=((bad, demo.histories[0][1]),),
     )
     html = page_html(record)
@@ -115,7 +115,7 @@ def test_sections_without_data_are_left_out():
 
 
 def test_a_failed_proof_is_said_first(demo):
-    failed = (*demo.certificate, CheckRow("outputs equal", 0.5, False))
+    failed = (*demo.certificate, CheckRow("outputs equal", "off by 0.5", False))
     html = page_html(RunRecord("t", "not a date", Ledger(()), certificate=failed))
     assert "1 of 4 checks failed (outputs equal). Do not rely on the smaller model." in html
     assert "checks passed" not in html

@@ -55,6 +55,10 @@ class Plan:
         """Module path -> attribute -> value after the cut, for the integers that change."""
         return self.groups.attributes(self.keep)
 
+    def replays(self) -> dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]]:
+        """Module path -> the numbers that its calls are given after the cut (see `graph.replay`)."""
+        return self.groups.replays(self.keep)
+
     def channels(self) -> tuple[tuple[str, int, int], ...]:
         """(layer, units it makes before, after) for each tensor that makes units, in the model's order."""
         kept = self.groups.kept(self.keep)

@@ -14,12 +14,16 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -166,6 +170,42 @@ def append_line(path: str | os.PathLike[str], text: str) -> None:
             _flush_folder(Path(path).parent)
     except OSError as error:
         _refuse(path, error, len(line))
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds `folder`, made if missing, for this process within the block: no other may enter a block of its own.
+
+    The system gives the folder free when the process ends, however it ends, so no lock is ever left over. Where the
+    system has no such locks (Windows, some network file systems) the folder is not held.
+
+    Raises:
+        RunError: another process holds the folder, or it cannot be made.
+
+    >>> with locked("."), locked("."):
+    ...     pass
+    Traceback (most recent call last):
+    secateur.errors.RunError: another process is at work in '.'; wait until it has ended, or give another folder.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        _refuse(folder, error, None)
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = f"another process is at work in {os.fspath(folder)!r}"
+            raise RunError(f"{what}; wait until it has ended, or give another folder.") from error
+        except OSError:
+            pass  # no locks here
+        yield
+    finally:
+        os.close(handle)
 
 
 def _append(file: FileIO, line: bytes, size: int) -> None:

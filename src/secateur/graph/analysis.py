@@ -6,15 +6,15 @@ value of the trace the units along its axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from secateur.graph.axes import Contraction, Field, PythonInt, Step
 from secateur.graph.capture import Ref, Trace
-from secateur.graph.records import Frozen, Group, Groups, Int, Slot, TensorInfo
+from secateur.graph.records import Frozen, Group, Groups, Int, Size, Slot, TensorInfo
 from secateur.graph.rules import KERNEL, rule_for
 from secateur.graph.units import Ids, Solution
 
@@ -42,13 +42,16 @@ class Analysis:
         return self.blocks.get(ref.id, ())
 
 
-def analyse(trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = ()) -> Analysis:
+def analyse(
+    trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = (), replayed: Collection[int] = ()
+) -> Analysis:
     """Groups of a captured model.
 
     Args:
         trace: what `capture` recorded of `model` (or of its twin).
         model: read for its tensors' names and its modules' integers; not run.
         frozen: (value, reason): units on these values may not be cut, found out by the probe.
+        replayed: indices into `trace.python`: calls whose sizes do not follow and are replayed.
     """
     state = propagate(trace)
     for value, reason in frozen:
@@ -56,6 +59,7 @@ def analyse(trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = 
             state.units.freeze(block.ids, reason)
     solution = _rectangular(state)
     units, groups = _form_groups(state, solution, model)
+    groups = replace(groups, sizes=_replays(trace, state.ints, solution, units, replayed))
     numbered = {
         ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
         for ref, blocks in state.blocks.items()
@@ -136,6 +140,7 @@ def _form_groups(state: Field, solution: Solution, model: nn.Module) -> tuple[Id
         groups=tuple(groups),
         frozen=_frozen_axes(owners, solution, tensors),
         ints=_find_ints(state.ints, solution, units, model),
+        sizes=(),
         tensors=tuple(TensorInfo(n, tuple(t.shape), n in parameters) for n, t in tensors.items()),
     )
     return units, found
@@ -195,12 +200,37 @@ def _find_ints(ints: Sequence[PythonInt], solution: Solution, units: Ids, model:
     """The module attribute that holds each integer, where there is exactly one."""
     found: dict[tuple[str, str, int | None], Int] = {}
     for item in ints:
-        numbers = units[solution.root[item.ids]]
+        numbers = _by_row(units[solution.root[item.ids]])
         attribute = _attribute(model.get_submodule(item.module), item) if (numbers >= 0).any() else None
         if attribute is not None:
             key = (item.module, attribute[0], attribute[1])
             found.setdefault(key, Int(*key, item.value, tuple(numbers.tolist())))
     return tuple(found.values())
+
+
+def _by_row(numbers: Ids) -> Ids:
+    """One unit for each index of an axis: that of its row, or -1 (always there) where the row has several."""
+    rows = numbers.reshape(len(numbers), int(np.prod(numbers.shape[1:])))
+    return np.where((rows == rows[:, :1]).all(axis=1), rows[:, 0], -1)
+
+
+def _replays(
+    trace: Trace, ints: Sequence[PythonInt], solution: Solution, units: Ids, replayed: Collection[int]
+) -> tuple[Size, ...]:
+    """The sizes of the calls to replay; where two sizes of one call site disagree, the probe will see it."""
+    found: dict[tuple[str, str, int, tuple[str, int]], Size] = {}
+    for item in ints:
+        if item.python in replayed and item.place is not None and item.python is not None:
+            call = trace.python[item.python]
+            key = (call.module, call.function, call.ordinal, item.place)
+            numbers = _by_row(units[solution.root[item.ids]])
+            found.setdefault(key, Size(*key, tuple(numbers.tolist())))
+    factors = (
+        Size(call.module, call.function, call.ordinal, ("float", position), (), value)
+        for call in (trace.python[index] for index in sorted(replayed))
+        for position, value in call.floats
+    )
+    return (*found.values(), *factors)
 
 
 def _attribute(module: nn.Module, item: PythonInt) -> tuple[str, int | None] | None:

@@ -50,12 +50,15 @@ class Contraction:
 
 @dataclass(frozen=True)
 class PythonInt:
-    """An integer in Python that counts the units `ids`, in a call that `module` made.
+    """An integer in Python that counts the units `ids` (rows of units, if it counts a split axis).
 
-    It is looked for in the module's attributes: those called `names`, and with `search` any that has this value.
-    `position` is its place if the value is a tuple of which it is one entry.
+    It is looked for in the attributes of the module that made the call: those called `names`, and with `search` any
+    that has this value; `position` is its place if the value is a tuple. `python` is the torch function that was given
+    it and `place` which of its sizes it is, so that it can be replayed where no attribute holds it.
     """
 
+    python: int | None
+    place: tuple[str, int] | None
     module: str
     ids: Ids
     value: int | tuple[int, ...]
@@ -77,6 +80,7 @@ class Field:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     static: set[int] = field(default_factory=set)
     splits: list[tuple[Ids, int | None]] = field(default_factory=list)
+    slices: dict[int | None, int] = field(default_factory=dict)
 
     def on(self, ref: Ref) -> tuple[Block, ...]:
         """The units on a value; parameters and floating buffers get fresh ones at first sight."""
@@ -169,11 +173,13 @@ class Step:
         *names: str,
         position: int | None = None,
         search: bool = False,
+        place: tuple[str, int] | None = None,
     ) -> None:
         """The integer `value` counts `ids`: it must shrink with them (see `PythonInt`)."""
         if ids is not None:
             whole = value if isinstance(value, int) else tuple(value)
-            self.field.ints.append(PythonInt(self.call.module, ids, whole, names, position, search))
+            call = self.call
+            self.field.ints.append(PythonInt(call.python, place, call.module, ids, whole, names, position, search))
 
     def axis(self, ref: Ref, dim: int) -> Ids | None:
         """The units along one axis; an axis that was split off by a reshape is folded (see `fold`)."""

@@ -11,7 +11,8 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import CaptureError
+from secateur.graph.attention import see_heads
+from secateur.graph.replay import PythonCall, PythonCalls
 
 Nested = Any
 """Any nesting of tuple, list, dict and dataclass with tensors at its leaves."""
@@ -45,13 +48,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor."""
+    """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor; `python` indexes `Trace.python`."""
 
     op: torch._ops.OpOverload[Any, Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Ref | None, ...]
     module: str
+    python: int | None = None
 
     @property
     def where(self) -> str:
@@ -60,16 +64,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """All that one forward pass did, in order; `fake` says whether it ran without arithmetic."""
+    """All that one forward pass did, in order; `fake` says whether it ran without arithmetic.
+
+    `python` are the torch functions that Python called.
+    """
 
     calls: tuple[Call, ...]
     values: tuple[Value, ...]
     outputs: tuple[Ref, ...]
+    python: tuple[PythonCall, ...]
     fake: bool
 
 
 COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy"))
-RESHAPES = frozenset(("view", "unsafe_view", "reshape", "reshape_alias"))
+SAME = MappingProxyType(
+    dict.fromkeys(("unsafe_view", "reshape", "reshape_alias"), "view")
+    | dict.fromkeys(("split_with_sizes", "unsafe_split", "chunk"), "split")
+)
 
 
 def op_name(call: Call) -> str:
@@ -78,9 +89,12 @@ def op_name(call: Call) -> str:
 
 
 def steps(calls: Sequence[Call]) -> list[tuple[str, Call]]:
-    """The calls by name, without copies: whether `reshape` copies depends on the sizes, so a cut may change it."""
+    """The calls by name, without copies: whether `reshape` copies depends on the sizes, so a cut may change it.
+
+    Names of which one does what the other does are one.
+    """
     named = [(op_name(call), call) for call in calls]
-    return [("view" if name in RESHAPES else name, call) for name, call in named if name not in COPIES]
+    return [(SAME.get(name, name), call) for name, call in named if name not in COPIES]
 
 
 def as_arguments(example_inputs: Nested) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -145,7 +159,7 @@ def capture(model: nn.Module, example_inputs: Nested) -> Trace:
         with fake_copy(model, example_inputs) as (twin, inputs):
             return record(twin, inputs, fake=True)
     except CaptureError:
-        twin = copy.deepcopy(model).eval()
+        twin = see_heads(copy.deepcopy(model).eval())
         return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
 
 
@@ -156,7 +170,7 @@ def fake_copy(model: nn.Module, example_inputs: Nested) -> Iterator[tuple[nn.Mod
     tensors = [*model.parameters(), *model.buffers()]
     # deepcopy asks its memo first: given the fake twin there, it never copies a tensor's memory.
     memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
-    twin = copy.deepcopy(model, memo).eval()
+    twin = see_heads(copy.deepcopy(model, memo).eval())
     inputs = map_tensors(mode.from_tensor, example_inputs)
     with mode:
         yield twin, inputs
@@ -192,16 +206,11 @@ def recording(twin: nn.Module) -> Iterator[Recorder]:
         handles.append(module.register_forward_pre_hook(recorder.entering(name)))
         handles.append(module.register_forward_hook(recorder.leaving()))
     try:
-        with recorder:
+        with recorder.python, recorder:
             yield recorder
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass
-class _Stack:
-    names: list[str] = field(default_factory=list)
 
 
 class Recorder(TorchDispatchMode):
@@ -212,7 +221,8 @@ class Recorder(TorchDispatchMode):
         self._calls: list[Call] = []
         self._values: list[Value] = []
         self._refs: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._stack = _Stack()
+        self._stack: list[str] = []
+        self.python = PythonCalls()
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -225,7 +235,7 @@ class Recorder(TorchDispatchMode):
     @property
     def module(self) -> str:
         """Dotted path of the innermost module that is running."""
-        return self._stack.names[-1] if self._stack.names else ""
+        return self._stack[-1] if self._stack else ""
 
     @property
     def last_op(self) -> str:
@@ -233,13 +243,15 @@ class Recorder(TorchDispatchMode):
 
     def entering(self, name: str) -> Callable[..., None]:
         def push(*_: Any) -> None:
-            self._stack.names.append(name)
+            self._stack.append(name)
+            self.python.enter(name)
 
         return push
 
     def leaving(self) -> Callable[..., None]:
         def pop(*_: Any) -> None:
-            self._stack.names.pop()
+            self._stack.pop()
+            self.python.leave()
 
         return pop
 
@@ -262,12 +274,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         refs = tuple(self.register(item, "op") if isinstance(item, Tensor) else None for item in outputs)
-        self._calls.append(Call(func, noted_args, noted_kwargs, refs, self.module))
+        self._calls.append(Call(func, noted_args, noted_kwargs, refs, self.module, self.python.current))
         return result
 
     def trace(self, outputs: Nested, fake: bool) -> Trace:
         refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
-        return Trace(tuple(self._calls), tuple(self._values), refs, fake)
+        return Trace(tuple(self._calls), tuple(self._values), refs, tuple(self.python.made), fake)
 
 
 @contextlib.contextmanager

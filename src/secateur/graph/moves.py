@@ -58,14 +58,25 @@ def expand(step: Step) -> None:
     """expand: axes are aligned at the right, those of size 1 repeat and carry nothing."""
     x: Ref = step.arg(0)
     shift = len(step.shape(step.output)) - len(step.shape(x))
-    step.carry(relabel(b, {d: d + shift for d in b.dims}) for b in step.blocks(x))
+    blocks = [relabel(b, {d: d + shift for d in b.dims}) for b in step.blocks(x)]
+    for block in blocks:
+        sizes(step, block)
+    step.carry(blocks)
 
 
 def slice_axis(step: Step) -> None:
     """slice keeps a range of one axis; the units outside it are other slices' business."""
     x: Ref = step.arg(0)
     dim = step.arg(1, "dim", 0) % len(step.shape(x))
-    piece = slice(step.arg(2, "start"), step.arg(3, "end"), step.arg(4, "step", 1))
+    start, stop = step.arg(2, "start"), step.arg(3, "end")
+    piece = slice(start, stop, step.arg(4, "step", 1))
+    number = step.field.slices.setdefault(step.call.python, 0)
+    step.field.slices[step.call.python] += 1
+    ids = next((b.ids for b in step.blocks(x) if b.dims == (dim,)), None)
+    if ids is not None and start is not None and stop is not None:
+        first, last, _ = slice(start, stop).indices(len(ids))
+        step.counts(ids[:first], first, place=("start", number))
+        step.counts(ids[:last], last, place=("stop", number))
     step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)])
 
 
@@ -129,9 +140,11 @@ def split(step: Step) -> None:
     x: Ref = step.arg(0)
     dim = step.arg(2, "dim", 0) % len(step.shape(x))
     start = 0
+    ids = next((b.ids for b in step.blocks(x) if b.dims == (dim,)), None)
     for index, ref in enumerate(step.call.outputs):
         size = step.shape(ref)[dim] if ref is not None else 0
         piece = slice(start, start + size)
+        step.counts(ids[piece] if ids is not None else None, size, place=("piece", index))
         step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)], output=index)
         start += size
 
@@ -205,12 +218,12 @@ def pad(step: Step) -> None:
         if single.dims[0] in padded:
             position = 2 * (rank - 1 - single.dims[0])
             before, after = (step.units.fresh(max(0, n)) for n in widths[position : position + 2])
-            ids = np.concatenate([before, single.ids, after])
-            ids = ids[max(0, -widths[position]) : len(ids) - max(0, -widths[position + 1])]
+            joined = np.concatenate([before, single.ids, after])
+            joined = joined[max(0, -widths[position]) : len(joined) - max(0, -widths[position + 1])]
             step.end(single.ids)
-            step.counts(before, widths, "padding", position=position, search=True)
-            step.counts(after, widths, "padding", position=position + 1, search=True)
-            single = Block(single.dims, ids)
+            for number, ids in ((position, before), (position + 1, after)):
+                step.counts(ids, widths, "padding", position=number, search=True, place=("pad", number))
+            single = Block(single.dims, joined)
         blocks.append(single)
     step.carry(blocks)
 
@@ -252,9 +265,15 @@ def view(step: Step) -> None:
     for block in out:
         if len(block.dims) > 1:
             step.splits(block.ids)
-        else:
-            step.counts(block.ids, new[block.dims[0]], search=True)
+        sizes(step, block)
     step.carry(out)
+
+
+def sizes(step: Step, block: Block) -> None:
+    """The sizes of an output's axes are integers that Python may have written down."""
+    shape = step.shape(step.output)
+    for axis, dim in enumerate(block.dims):
+        step.counts(np.moveaxis(block.ids, axis, 0), shape[dim], search=True, place=("size", dim))
 
 
 def _trim(block: Block) -> Block:

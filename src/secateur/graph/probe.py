@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis, UnitBlock, analyse
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Trace, Value, fake_copy, recording, run, steps, tensors_in
 from secateur.graph.rebuild import rebuild
 from secateur.graph.records import Groups
+from secateur.graph.replay import REPLAYABLE, PythonCall
 
 PLANS = 2
 """Random plans tried: each cuts every group, by different shares, so that no two sizes agree by chance."""
@@ -29,12 +30,36 @@ PLANS = 2
 def settle(model: nn.Module, example_inputs: Any, trace: Trace) -> Analysis:
     """The analysis of `trace` with all that does not follow a cut frozen."""
     frozen: list[tuple[int, str]] = []
+    replayed: set[int] = set()
     while True:
-        analysis = analyse(trace, model, frozen)
-        found = [miss for seed in range(PLANS) if (miss := _first_miss(model, example_inputs, analysis, seed))]
-        if not found:
+        analysis = analyse(trace, model, frozen, replayed)
+        probes = (_first_miss(model, example_inputs, analysis, seed) for seed in range(PLANS))
+        miss = next((found for found in probes if found is not None), None)
+        if miss is None:
             return analysis
-        frozen += [place for miss in found for place in miss]
+        new = _same_site(model, trace, miss.python) - replayed
+        replayed |= new
+        if not new:
+            frozen += miss.freeze
+
+
+def _same_site(model: nn.Module, trace: Trace, python: int | None) -> set[int]:
+    """The call, and the same call in all modules of the same class: what one block does, its brothers do."""
+    if python is None:
+        return set()
+
+    def site(call: PythonCall) -> tuple[type, str, int]:
+        return type(model.get_submodule(call.module)), call.function, call.ordinal
+
+    return {i for i, call in enumerate(trace.python) if site(call) == site(trace.python[python])}
+
+
+@dataclass(frozen=True)
+class Miss:
+    """An op of a cut model that is not as predicted: the Python call to replay, or else the values to freeze."""
+
+    python: int | None
+    freeze: tuple[tuple[int, str], ...]
 
 
 def random_keep(groups: Groups, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -73,18 +98,18 @@ def survivors(groups: Groups, keep: Sequence[Sequence[int]]) -> np.ndarray[Any, 
     return stays
 
 
-def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int) -> list[tuple[int, str]]:
-    """What to freeze for the first op of a cut model that is not as predicted; empty if all are."""
+def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int) -> Miss | None:
+    """The first op of a cut model that is not as predicted; None if all are."""
     groups = analysis.groups
     if not groups.groups:
-        return []
+        return None
     keep = random_keep(groups, seed)
     stays = survivors(groups, keep)
     with fake_copy(model, example_inputs) as (twin, inputs):
         tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
         shapes = groups.shapes(keep)
         narrowed = {n: t if t.shape == shapes[n] else t.new_empty(shapes[n]) for n, t in tensors.items()}
-        cut = rebuild(twin, narrowed, groups.attributes(keep))
+        cut = rebuild(twin, narrowed, groups.attributes(keep), groups.replays(keep))
         with recording(cut) as recorder:
             for tensor in tensors_in(inputs):
                 recorder.register(tensor, "input")
@@ -97,9 +122,15 @@ def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed:
     for index, (name, expected) in enumerate(wanted):
         if index >= len(made) or made[index][0] != name:
             return _freeze_around(analysis, index, stays, error)
-        if first_odd_output(expected, made[index][1], analysis, values, stays):
+        other = _floats(expected) != _floats(made[index][1])
+        if other or first_odd_output(expected, made[index][1], analysis, values, stays):
             return _freeze_around(analysis, index, stays, "")
-    return []
+    return None
+
+
+def _floats(call: Call) -> list[float]:
+    """The factors of an op: one that a cut changes was computed from a size."""
+    return [item for item in (*call.args, *call.kwargs.values()) if isinstance(item, float)]
 
 
 def first_odd_output(
@@ -114,14 +145,17 @@ def first_odd_output(
     return ""
 
 
-def _freeze_around(analysis: Analysis, index: int, stays: np.ndarray[Any, Any], error: str) -> list[tuple[int, str]]:
-    """Freeze what the cut changed on the values that meet in a call; if nothing there, in the calls before it."""
+def _freeze_around(analysis: Analysis, index: int, stays: np.ndarray[Any, Any], error: str) -> Miss:
+    """Replay the call's sizes, or freeze what the cut changed on the values that meet in it or in the one before."""
     wanted = steps(analysis.trace.calls)
+    python = wanted[index][1].python
+    call_made = analysis.trace.python[python] if python is not None else None
+    replay = python if call_made and (call_made.function in REPLAYABLE or call_made.floats) else None
     for at in range(index, -1, -1):
         call = wanted[at][1]
         reason = f"an integer in Python does not follow a cut of this axis ({call.where}{error})"
         refs = [*refs_in((call.args, call.kwargs)), *(ref for ref in call.outputs if ref is not None)]
         changed = [r.id for r in refs if any(not stays[b.units].all() for b in analysis.units_of(r))]
         if changed:
-            return [(value, reason) for value in changed]
-    raise CaptureError("the model does not run the same way twice, so no cut of it can be followed")
+            return Miss(replay, tuple((value, reason) for value in changed))
+    return Miss(None, tuple((value, f"a cut model stops before this{error}") for value in analysis.blocks))

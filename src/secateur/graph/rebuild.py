@@ -8,28 +8,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.attention import see_heads
+from secateur.graph.replay import Change, install
+
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
 
 
-def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], attributes: Attributes) -> nn.Module:
-    """A deep copy of `model` in which the named tensors and attributes have been replaced.
+def rebuild(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    attributes: Attributes = MappingProxyType({}),
+    replays: Mapping[str, Change] = MappingProxyType({}),
+) -> nn.Module:
+    """A deep copy of `model` in which the named tensors and integers have been replaced.
 
     Args:
         model: left untouched.
         tensors: parameter or buffer name -> what stands in its place.
         attributes: module path -> attribute -> value.
+        replays: module path -> sizes to give its calls.
     """
     memo: dict[int, Any] = {}
-    for name, old in [*model.named_parameters(), *model.named_buffers()]:
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, old in named:
         if name in tensors:
             memo[id(old)] = as_kind(tensors[name], old)
     twin = copy.deepcopy(model, memo)
+    see_heads(twin, (name for name, old in named if name in tensors and tensors[name].shape != old.shape))
     set_attributes(twin, attributes)
+    install(twin, replays)
     return twin
 
 

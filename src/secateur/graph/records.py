@@ -75,6 +75,22 @@ class Int:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A number that Python gives to a torch function, and which no attribute holds: it is replayed (`graph.replay`).
+
+    `function` and `ordinal` say which call in the module's forward, `place` which of its numbers. It counts `units`;
+    or, with `constant`, it is a factor computed from sizes that must stay what it was.
+    """
+
+    module: str
+    function: str
+    ordinal: int
+    place: tuple[str, int]
+    units: tuple[int, ...]
+    constant: float | None = None
+
+
+@dataclass(frozen=True)
 class Groups:
     """Every channel group of a model, what may not be cut and why, and the integers that follow a cut.
 
@@ -93,6 +109,7 @@ class Groups:
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     ints: tuple[Int, ...]
+    sizes: tuple[Size, ...]
     tensors: tuple[TensorInfo, ...]
 
     @cached_property
@@ -142,7 +159,7 @@ class Groups:
 
     def attributes(self, keep: Keep) -> dict[str, dict[str, int | tuple[int, ...]]]:
         """Module path -> attribute -> its value after the cut, for those that change."""
-        stays = {self.offsets[g] + unit for g, units in enumerate(keep) for unit in units} | {-1}
+        stays = self._stays(keep)
         out: dict[str, dict[str, int | tuple[int, ...]]] = {}
         for item in self.ints:
             left = sum(unit in stays for unit in item.units)
@@ -157,6 +174,18 @@ class Groups:
                 held[item.attribute] = left
         return out
 
+    def replays(self, keep: Keep) -> dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]]:
+        """Module path -> (function, ordinal) -> which number -> its value after the cut, as `graph.replay` takes it."""
+        stays = self._stays(keep)
+        out: dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]] = {}
+        for item in self.sizes:
+            left = sum(unit in stays for unit in item.units) if item.constant is None else item.constant
+            out.setdefault(item.module, {}).setdefault((item.function, item.ordinal), {})[item.place] = left
+        return out
+
+    def _stays(self, keep: Keep) -> set[int]:
+        return {self.offsets[g] + unit for g, units in enumerate(keep) for unit in units} | {-1}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; index lists are kept as runs `[first, step, count]`."""
         value = asdict(self)
@@ -164,7 +193,7 @@ class Groups:
             for slot in group["slots"]:
                 width = len(slot["index"][0])
                 slot["index"] = {"width": width, "runs": _to_runs([i for spots in slot["index"] for i in spots])}
-        for item in value["ints"]:
+        for item in (*value["ints"], *value["sizes"]):
             item["units"] = _to_runs(item["units"])
         return value
 
@@ -179,8 +208,12 @@ class Groups:
             Int(i["module"], i["attribute"], i["position"], _frozen_value(i["original"]), _from_runs(i["units"]))
             for i in value["ints"]
         )
+        sizes = tuple(
+            Size(s["module"], s["function"], s["ordinal"], tuple(s["place"]), _from_runs(s["units"]), s["constant"])
+            for s in value["sizes"]
+        )
         tensors = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["parameter"]) for t in value["tensors"])
-        return cls(groups, tuple(Frozen(**f) for f in value["frozen"]), ints, tensors)
+        return cls(groups, tuple(Frozen(**f) for f in value["frozen"]), ints, sizes, tensors)
 
     def __str__(self) -> str:
         count, total = len(self.groups), self.params

@@ -217,6 +217,10 @@ def attention(step: Step) -> None:
             step.freeze(ids, "the default scale of attention is computed from this width")
     names: list[list[Name]] = [["b", "h", "i", "k"], ["b", "h", "j", "k"], ["b", "h", "j", "d"]]
     equate(step, [q, k, v], names, ["b", "h", "i", "d"])
+    heads = step.axis(step.output, 1)
+    for output, ref in enumerate(step.call.outputs[1:], 1):  # the log of each head's sum
+        if ref is not None and heads is not None and step.shape(ref)[1:2] == heads.shape:
+            step.carry([Block((1,), heads)], output)
 
 
 def constant(step: Step) -> None:
@@ -224,9 +228,10 @@ def constant(step: Step) -> None:
     for ref in step.operands:  # new_zeros and its like take a tensor for its dtype and device only
         for block in step.blocks(ref):
             step.end(block.ids)
-    step.carry(
-        Block((d,), step.units.fresh(n)) for d, n in enumerate(step.shape(step.output)) if n > 1
-    )
+    blocks = [Block((d,), step.units.fresh(n)) for d, n in enumerate(step.shape(step.output)) if n > 1]
+    for block in blocks:
+        moves.sizes(step, block)
+    step.carry(blocks)
 
 
 def like(step: Step) -> None:

@@ -7,6 +7,7 @@ gradients, and handed back in the mode it came in (`evaluating`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -20,10 +21,11 @@ from secateur.errors import DataError, ModelError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 in percent, the mean cross entropy in nats, and over how many images.
+    """Top-1 and top-5 as fractions in [0, 1], the mean cross entropy in nats, and over how many images.
 
     `top5` is None for fewer than six classes, where it says nothing. `nonfinite` counts the images for which
-    the model gave a NaN or an infinity; a NaN is never a right answer, and makes the loss NaN.
+    the model gave a NaN or an infinity; a NaN is never a right answer, and makes the loss NaN. JSON has no
+    number for a loss that is not finite: it is kept as null, and read as NaN.
     """
 
     top1: float
@@ -36,7 +38,7 @@ class Accuracy:
     def note(self) -> str:
         """What a reader of the figures has to know; empty when all is well.
 
-        >>> Accuracy(90.0, 99.0, 0.3, images=1000).note
+        >>> Accuracy(0.9, 0.99, 0.3, images=1000).note
         ''
         """
         if not self.nonfinite:
@@ -44,11 +46,11 @@ class Accuracy:
         return f"{self.nonfinite} of {self.images} images have outputs that are not finite numbers"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**value)
+        return cls(**{**value, "loss": math.nan if value["loss"] is None else value["loss"]})
 
 
 def accuracy(
@@ -68,7 +70,7 @@ def accuracy(
 
     >>> images, labels = torch.eye(2), torch.tensor([0, 0])
     >>> accuracy(nn.Identity(), [(images, labels)]).top1
-    50.0
+    0.5
     """
     right1 = right5 = images = nonfinite = classes = 0
     loss = 0.0
@@ -90,8 +92,8 @@ def accuracy(
             images += len(y)
     if not images:
         raise DataError("the batches hold no images, so accuracy cannot be measured; check the data's split.")
-    top5 = 100 * right5 / images if classes > 5 else None
-    return Accuracy(100 * right1 / images, top5, loss / images, images, nonfinite)
+    top5 = right5 / images if classes > 5 else None
+    return Accuracy(right1 / images, top5, loss / images, images, nonfinite)
 
 
 @contextlib.contextmanager

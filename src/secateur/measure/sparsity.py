@@ -23,6 +23,8 @@ LAYERS = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+# Of an attention layer; its output projection is a linear layer by itself.
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,18 @@ def sparsity(model: nn.Module, names: str | Iterable[str] | None = None) -> Spar
 
 
 def prunable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of all convolutions and linear layers by name, in the order of the model, tied ones once.
+    """The weights of all convolutions, linear and attention layers by name, in the order of the model, tied ones once.
 
     >>> list(prunable_weights(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))))
     ['0.weight', '2.weight']
     """
-    owners = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    chosen = {f"{name}.{weight}".lstrip(".") for name, module in model.named_modules() for weight in _weights(module)}
     found = {}
     for name, parameter in model.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        if owner in owners and attribute == "weight":
+        if name in chosen:
             if nn.parameter.is_lazy(parameter):
-                raise ModelError(f"layer {owner!r} has no weights yet (it is lazy); run the model once.")
+                layer = name.rpartition(".")[0]
+                raise ModelError(f"layer {layer!r} has no weights yet (it is lazy); run the model once.")
             if parameter.is_floating_point() and parameter.ndim >= 2:
                 found[name] = parameter.detach()
     return found
@@ -155,3 +157,10 @@ def find_weights(model: nn.Module, names: str | Iterable[str] | None = None) -> 
             raise UnknownName("weight", name, every)
         chosen |= fitting
     return {name: weight for name, weight in every.items() if name in chosen}
+
+
+def _weights(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights that a module itself has to prune."""
+    if isinstance(module, nn.MultiheadAttention):
+        return PROJECTIONS
+    return ("weight",) if isinstance(module, LAYERS) else ()

@@ -1,15 +1,16 @@
 """A model on disk without pickle: its tensors as safetensors, and how to build the module that they fit.
 
 `architecture.json` names the source that `zoo.models.build_model` builds and, for each module that a cut has
-changed, the attributes that are other than the source's (`out_channels`, `in_features`, ...). The shapes
-need no telling: the tensors have them.
+changed, the attributes that are other than the source's (`out_channels`, `in_features`, ...) and the sizes that its
+calls are given (`graph.replay`). The shapes need no telling: the tensors have them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from secateur.codec.files import read_json, write_json
 from secateur.codec.state import load_state, save_state
 from secateur.errors import ModelError, RunError
+from secateur.graph import replay
 from secateur.graph.rebuild import Attributes, rebuild
+from secateur.graph.replay import Change
 from secateur.zoo.models import build_model
 
 FORMAT = 1
@@ -40,17 +43,24 @@ class Architecture:
     source: str
     classes: int
     attributes: Attributes
+    replays: Mapping[str, Change] = field(default_factory=dict)
 
-    def after(self, attributes: Attributes) -> Architecture:
-        """The architecture after one more cut, which sets `attributes`."""
+    def after(self, attributes: Attributes, replays: Mapping[str, Change] = MappingProxyType({})) -> Architecture:
+        """The architecture after one more cut, which sets `attributes` and has its calls given `replays`."""
         names = [*self.attributes, *(name for name in attributes if name not in self.attributes)]
         merged = {name: {**self.attributes.get(name, {}), **attributes.get(name, {})} for name in names}
-        return Architecture(self.source, self.classes, merged)
+        return Architecture(self.source, self.classes, merged, replay.merged(self.replays, replays))
 
     def to_json(self) -> dict[str, Any]:
         """The architecture as JSON values."""
         attributes = {name: dict(values) for name, values in self.attributes.items()}
-        return {"format": FORMAT, "source": self.source, "classes": self.classes, "attributes": attributes}
+        return {
+            "format": FORMAT,
+            "source": self.source,
+            "classes": self.classes,
+            "attributes": attributes,
+            "replays": replay.to_json(self.replays),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Architecture:
@@ -64,7 +74,7 @@ class Architecture:
             name: {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
             for name, values in value["attributes"].items()
         }
-        return cls(value["source"], value["classes"], attributes)
+        return cls(value["source"], value["classes"], attributes, replay.from_json(value["replays"]))
 
     def build(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The module, in eval mode, with the tensors `state`: neither more nor fewer than it has."""
@@ -78,7 +88,7 @@ class Architecture:
                 "was the model's code changed after the run?"
             )
         try:
-            return rebuild(model, state, self.attributes).eval()
+            return rebuild(model, state, self.attributes, self.replays).eval()
         except AttributeError as error:
             raise ModelError(
                 f"{self.source} has no longer what the run cut ({error}); was its code changed after the run?"

@@ -1,4 +1,4 @@
-"""What a run has done so far, a line of JSON for each finished step: the one source of all that a run folder shows.
+"""What a run has done so far, a line of JSON for each finished step: all that a run folder shows but the latencies.
 
 A line is written only once the model that the step left is on disk, so a run that was broken off goes on after
 the last line. `record` makes of the lines what the report shows; `metrics` is every epoch in order.

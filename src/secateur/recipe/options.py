@@ -5,12 +5,13 @@ Whatever is wrong is raised as the reading of a recipe file raises it, in one se
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur.codec.files import replacing
+from secateur.codec.files import write_bytes
 from secateur.errors import ModelError, RecipeError, UnknownName
 from secateur.graph.groups import find_groups
 from secateur.graph.records import Groups
@@ -20,7 +21,7 @@ from secateur.recipe.folder import load
 from secateur.recipe.reading import anchored, build, changed, read_recipe
 from secateur.recipe.schema import Recipe
 from secateur.report.ledger import Ledger, LedgerRow
-from secateur.report.plots import draw_sparsity
+from secateur.report.plots import draw_sparsity, picture
 from secateur.zoo.data import load_data
 from secateur.zoo.models import build_model
 
@@ -116,8 +117,7 @@ def plot_sparsity(table: SparsityTable, path: Path) -> None:
     format = path.suffix.removeprefix(".").lower()
     if format not in PICTURES:
         raise UnknownName("kind of picture", path.suffix, [f".{known}" for known in PICTURES])
-    with replacing(path) as temporary:
-        draw_sparsity(table).savefig(temporary, format=format)
+    write_bytes(path, picture(partial(draw_sparsity, table), format))
 
 
 def example_input(source: str, shape: str | None) -> Tensor:

@@ -1,8 +1,9 @@
 """A recipe run in a folder: step by step, each written to the journal when it is done, so that it can go on later.
 
 Nothing is written before the recipe, the data and the model have been found good. From then on the folder holds at
-any moment what `resume` needs: `recipe.toml`, the journal, the model after the last finished step, and within a
-training step the checkpoint of its last epoch. The folder of a finished run has besides:
+any moment what `resume` needs: `recipe.toml`, the journal, the model after the last finished step, within a training
+step the checkpoint of its last epoch, and the models that are timed against each other when all steps are done. The
+folder of a finished run has besides:
 
     ledger.json  metrics.jsonl  run.json  report.html  plots/  model/
 """
@@ -19,16 +20,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from secateur.codec.files import append_line, read_json, write_json, write_text
+from secateur.codec.files import append_line, locked, read_json, write_json, write_text
 from secateur.errors import ProofError, RunError
+from secateur.measure.latency import Latency, compare_latency, latency
 from secateur.measure.measurement import measure
 from secateur.recipe.folder import load, read_model, save_model
 from secateur.recipe.journal import Entry, Outcome, metrics, metrics_line, read_entries, record, write_entry
 from secateur.recipe.reading import read_recipe
-from secateur.recipe.schema import Recipe, Train
+from secateur.recipe.schema import Cut, Recipe, Train
 from secateur.recipe.steps import Setting, State, prepare, take
 from secateur.recover.history import EpochRow
+from secateur.report import numbers
 from secateur.report.ledger import CheckRow, LedgerRow, RunRecord
 from secateur.report.page import write_page
 from secateur.report.plots import save_plots
@@ -41,11 +45,12 @@ TEST_BATCH = 256
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands: what it is doing, and how many of all its epochs are done."""
+    """Where a run stands: what it is doing, how many of all its epochs are done, and how much of the one under way."""
 
     text: str
     done: int
     total: int
+    share: float = 0.0
 
 
 Progress = Callable[[Status], None]
@@ -60,31 +65,36 @@ def run(
         recipe: what to do.
         folder: made if missing; one that has something in it is refused.
         force: replace the run that is in the folder, once the recipe, the data and the model have been found good.
-        progress: called before each step and after each epoch.
+        progress: called before each step, after each epoch and, with a share above 0, after each step of one.
 
     Raises:
-        RunError: the folder is taken, or cannot be written.
+        RunError: the folder is taken, another process is at work in it, or it cannot be written.
         SecateurError: as the data, the model and the steps; what was finished stays in the folder.
     """
     folder = Path(folder)
     _check_free(folder, force)
     with _process(recipe):
         setting, state = prepare(recipe)
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        write_text(folder / RECIPE, recipe.to_toml())
-        return _go(folder, setting, state, (), progress)
+        with locked(folder):
+            _check_free(folder, force)  # once more: another process may have come first
+            _empty(folder)
+            write_text(folder / RECIPE, recipe.to_toml())
+            return _go(folder, setting, state, (), progress)
 
 
 def resume(folder: str | Path, *, progress: Progress | None = None) -> RunRecord:
     """Goes on with the run in `folder` after its last finished step, and within a training step after its last epoch.
 
-    Raises `RunError` where there is no run, or one that is finished.
+    Raises `RunError` where there is no run, one that is finished, or one that another process is at work on.
     """
     folder = Path(folder)
     if not (folder / RECIPE).exists():
         raise RunError(f"{str(folder)!r} holds no run; give the folder that was made by `secateur compress`.")
+    with locked(folder):
+        return _resume(folder, progress)
+
+
+def _resume(folder: Path, progress: Progress | None) -> RunRecord:
     if (folder / RUN).exists():
         raise RunError(f"the run in {str(folder)!r} is finished; its report is {folder / REPORT}.")
     recipe = read_recipe(folder / RECIPE)
@@ -111,7 +121,7 @@ def _go(
 ) -> RunRecord:
     """The steps that are not in `entries` yet, and then the report."""
     steps = setting.recipe.steps
-    tell = _teller(setting.recipe, progress)
+    tell = _Teller(progress, sum(_epochs(step) for step in steps))
     for number in range(len(entries), len(steps) + 1):
         start = time.perf_counter()
         outcome = Outcome("original")
@@ -122,31 +132,70 @@ def _go(
 
             def on_epoch(row: EpochRow, number: int = number, done: int = done) -> None:
                 append_line(folder / METRICS, metrics_line(number, asdict(row)))
-                tell(f"step {number} of {len(steps)}: validation {row.validation_accuracy:.2%}", done + row.epoch)
+                accuracy = numbers.percent(row.validation_accuracy)
+                tell(f"step {number} of {len(steps)}: validation {accuracy}", done + row.epoch)
 
             training = folder / "checkpoints" / f"train-{number}"
-            state, outcome = take(number, state, setting, checkpoint=training, on_epoch=on_epoch)
+            state, outcome = take(
+                number, state, setting, checkpoint=training, on_epoch=on_epoch, on_step=tell.within_epoch
+            )
         seconds = time.perf_counter() - start
         row = None if number == 0 and not setting.trained else _row(state, outcome, setting, seconds)
         _save_state(_step_folder(folder, number), state)
         entries = (*entries, Entry(number, outcome, row))
         write_entry(folder, entries[-1])
-        _drop_checkpoints(folder, number)
+        _drop_checkpoints(folder, number, setting)
         write_text(folder / METRICS, metrics(entries))
-    tell("writing the report", _total(setting.recipe))
+    tell("writing the report", tell.total)
     return _finish(folder, setting, state, entries)
 
 
 def _row(state: State, outcome: Outcome, setting: Setting, seconds: float) -> LedgerRow:
-    """The model measured on the test images."""
+    """The model measured on the test images; its latency is taken when all steps are done."""
     measured = measure(
         state.model,
         setting.data.example(device=setting.device),
         batches=setting.data.batches("test", TEST_BATCH, device=setting.device),
-        threads=setting.recipe.threads,
+        latency_runs=0,
         device=setting.device,
     )
     return LedgerRow(outcome.label, outcome.note, measured, seconds)
+
+
+def _timed(folder: Path, setting: Setting, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The entries with their latencies: each model is timed by turns with the first, so that both see the same machine.
+
+    Latencies taken one step at a time, hours apart, would tell as much of what else the machine did.
+    """
+
+    def model(step: int) -> nn.Module:
+        return _saved_state(_step_folder(folder, step), setting).model
+
+    device, threads = setting.device, setting.recipe.threads
+    example = setting.data.example(device=device)
+    start, *cuts = _timed_steps(setting)
+    first = model(start)
+    found: dict[int, tuple[Latency, float | None]] = {}
+    for cut in cuts:
+        before, after, speedup = compare_latency(first, model(cut), example, threads=threads, device=device)
+        found |= {start: (before, None), cut: (after, speedup)}
+    if not cuts:
+        found = {start: (latency(first, example, threads=threads, device=device), None)}
+
+    def timed(entry: Entry) -> Entry:
+        if entry.row is None:
+            return entry
+        taken, speedup = found[max(step for step in found if step <= entry.step)]
+        measured = replace(entry.row.measurement, latency=taken)
+        return replace(entry, row=replace(entry.row, measurement=measured, speedup=speedup))
+
+    return tuple(timed(entry) for entry in entries)
+
+
+def _timed_steps(setting: Setting) -> tuple[int, ...]:
+    """The steps whose models are timed: the first that is measured, and each cut, for no other step changes a shape."""
+    cuts = (number for number, step in enumerate(setting.recipe.steps, start=1) if isinstance(step, Cut))
+    return (0 if setting.trained else 1, *cuts)
 
 
 def _finish(folder: Path, setting: Setting, state: State, entries: tuple[Entry, ...]) -> RunRecord:
@@ -155,20 +204,20 @@ def _finish(folder: Path, setting: Setting, state: State, entries: tuple[Entry, 
     save_model(folder / "model", model, state.architecture)
     with torch.no_grad():
         images = setting.data.example(8)
-        difference = (load(folder)(images) - model(images)).abs().max().item()
-    if difference != 0:
+        loaded, held = load(folder)(images), model(images)
+    if not torch.allclose(loaded, held, rtol=0, atol=0, equal_nan=True):
         raise ProofError(
-            f"the model saved in {folder / 'model'} gives other outputs when it is loaded (off by {difference:g}); "
-            "its code may draw random numbers in eval mode, or keep tensors that are neither parameter nor buffer."
+            f"the model saved in {folder / 'model'} gives other outputs when it is loaded; its code may draw random "
+            "numbers in eval mode, or keep tensors that are neither parameter nor buffer."
         )
     made = record(
-        entries,
+        _timed(folder, setting, entries),
         title=setting.recipe.title or f"{setting.recipe.model.source} on {setting.data.name}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         recipe=(folder / RECIPE).read_text(encoding="utf-8"),
         conditions=_conditions(setting),
     )
-    reloaded = CheckRow("saved and loaded: largest difference", difference, True)
+    reloaded = CheckRow("the saved model gives the same outputs when it is loaded", "bit for bit", True)
     made = replace(made, certificate=(*made.certificate, reloaded), notes=(*setting.notes, *made.notes))
     write_json(folder / LEDGER, made.ledger.to_json())
     (folder / "plots").mkdir(exist_ok=True)
@@ -207,17 +256,33 @@ def _check_free(folder: Path, force: bool) -> None:
         )
 
 
-def _teller(recipe: Recipe, progress: Progress | None) -> Callable[[str, int], None]:
-    total = _total(recipe)
-    return lambda text, done: None if progress is None else progress(Status(text, done, total))
+def _empty(folder: Path) -> None:
+    """Removes all that is in the folder, not the folder itself: this process holds it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+class _Teller:
+    """Tells `progress`, if there is one, where the run stands; what was told last stays within the next epoch."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.total = total
+        self._progress, self._last = progress, Status("", 0, total)
+
+    def __call__(self, text: str, done: int) -> None:
+        self._last = Status(text, done, self.total)
+        self.within_epoch(0.0)
+
+    def within_epoch(self, share: float) -> None:
+        if self._progress is not None:
+            self._progress(replace(self._last, share=share))
 
 
 def _epochs(step: object) -> int:
     return sum(stage.epochs for stage in step.stages) if isinstance(step, Train) else 0
-
-
-def _total(recipe: Recipe) -> int:
-    return sum(_epochs(step) for step in recipe.steps)
 
 
 def _step_folder(folder: Path, number: int) -> Path:
@@ -236,10 +301,11 @@ def _saved_state(folder: Path, setting: Setting) -> State:
     return State(architecture.build(tensors).to(setting.device), architecture, masks)
 
 
-def _drop_checkpoints(folder: Path, number: int) -> None:
+def _drop_checkpoints(folder: Path, number: int, setting: Setting) -> None:
     """Removes what the step before needed: the journal no longer points to it."""
-    for old in (_step_folder(folder, number - 1), folder / "checkpoints" / f"train-{number}"):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints" / f"train-{number}", ignore_errors=True)
+    if number - 1 not in _timed_steps(setting):
+        shutil.rmtree(_step_folder(folder, number - 1), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan, allocate
 from secateur.allocate.sparsity_guided import SparsityGuided
 from secateur.allocate.uniform import Uniform
-from secateur.errors import ProofError
+from secateur.errors import ProofError, RecipeError
 from secateur.graph.groups import find_groups
 from secateur.graph.records import Groups
 from secateur.recipe.folder import Architecture
@@ -25,11 +25,12 @@ from secateur.recipe.journal import Outcome
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recover.history import EpochRow
 from secateur.recover.train import Stage, fine_tune
+from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
 from secateur.score.magnitude import Magnitude
 from secateur.score.random import Random
 from secateur.score.scoring import score
-from secateur.surgery.certify import Certificate, certify
+from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
 from secateur.surgery.masks import Masks, find_masks
 from secateur.zoo.data import Data, load_data
@@ -66,6 +67,7 @@ class State:
 
 def prepare(recipe: Recipe) -> tuple[Setting, State]:
     """Reads the data and builds the model; raises what is wrong with either, before anything is written."""
+    device = _device(recipe.device)
     part = recipe.data
     data = load_data(
         part.source,
@@ -82,8 +84,6 @@ def prepare(recipe: Recipe) -> tuple[Setting, State]:
         network.source, classes=len(data.classes), weights=network.weights, pretrained=network.pretrained
     )
     _rehearse(recipe, built.model, data.example(2))
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if recipe.device == "auto" else recipe.device)
     # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
     trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
     setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes))
@@ -97,6 +97,7 @@ def take(
     *,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] | None = None,
+    on_step: Callable[[float], None] | None = None,
 ) -> tuple[State, Outcome]:
     """Takes step `number` (from 1) of the recipe.
 
@@ -106,10 +107,11 @@ def take(
         setting: what all steps share.
         checkpoint: the folder where a training step keeps its last epoch, and goes on from.
         on_epoch: called with the row of each epoch.
+        on_step: called after each optimizer step with the share of the epoch's steps that are done.
     """
     step = setting.recipe.steps[number - 1]
     if isinstance(step, Train):
-        return state, train(step, number, state, setting, checkpoint, on_epoch)
+        return state, train(step, number, state, setting, checkpoint, on_epoch, on_step)
     if isinstance(step, Sparsify):
         return sparsify(step, state)
     return cut(step, state, setting)
@@ -122,6 +124,7 @@ def train(
     setting: Setting,
     checkpoint: Path | None,
     on_epoch: Callable[[EpochRow], None] | None,
+    on_step: Callable[[float], None] | None,
 ) -> Outcome:
     """Trains the model in place; weights that masks hold at zero stay there."""
     data, device, part = setting.data, setting.device, setting.recipe.data
@@ -151,6 +154,7 @@ def train(
         channels_last=step.channels_last,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
+        on_step=None if on_step is None else lambda step, steps, loss: on_step(step / count),
         batches_per_epoch=count,
     )
     earlier = setting.recipe.steps[: number - 1]
@@ -163,7 +167,7 @@ def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
     """Sets the smallest weights to zero; the masks stay in force for the training steps that follow."""
     masks = find_masks(state.model, step.sparsity, scope=step.scope, names=step.layers or None)
     masks.apply_(state.model)
-    outcome = Outcome("sparsified", note=f"{step.sparsity:.0%} {_scope(step)}", sparsity=masks.table())
+    outcome = Outcome("sparsified", note=f"{numbers.share(step.sparsity)} {_scope(step)}", sparsity=masks.table())
     return State(state.model, state.architecture, masks), outcome
 
 
@@ -181,16 +185,17 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
     if not certificate.ok:
         raise ProofError(certificate.sentence)
     notes = (certificate.sentence, *(() if state.masks is None else (MASKS_END,)))
+    share = numbers.share(step.sparsity)
     outcome = Outcome(
         "cut",
-        note=f"{step.sparsity:.0%}, guided by {step.guide}" if table else f"{step.sparsity:.0%} of each layer",
+        note=f"{share}, guided by {step.guide}" if table else f"{share} of each layer",
         notes=notes,
         sparsity=table,
         channels=tuple(ChannelRow(*row) for row in plan.channels()),
         frozen=tuple(FrozenRow(axis.tensor, axis.reason) for axis in groups.frozen),
-        certificate=_checks(certificate),
+        certificate=tuple(CheckRow(*row) for row in certificate.rows()),
     )
-    return State(smaller, state.architecture.after(plan.attributes())), outcome
+    return State(smaller, state.architecture.after(plan.attributes(), plan.replays())), outcome
 
 
 MASKS_END = (
@@ -223,12 +228,14 @@ def _rehearse(recipe: Recipe, model: nn.Module, example: Tensor) -> None:
             find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
 
 
-def _checks(certificate: Certificate) -> tuple[CheckRow, ...]:
-    """The certificate's rows; a finding that is no error of the output is told in words."""
-    errors = (certificate.permutation_error, certificate.control_error, certificate.masked_error)
-    rows = certificate.rows()
-    measured = tuple(CheckRow(check, error, passed) for (check, _, passed), error in zip(rows, errors))
-    return measured + tuple(CheckRow(f"{check}: {found}", None, passed) for check, found, passed in rows[len(errors) :])
+def _device(name: str) -> torch.device:
+    """The device that a recipe names, once it is known that tensors can be put there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"this machine has no device {name!r} that torch can use; set device to 'cpu'.") from error
 
 
 def _scope(step: Sparsify) -> str:

@@ -130,7 +130,8 @@ def fine_tune(
     The best epoch has the highest validation accuracy; at a tie the lowest validation loss decides.
     However the call ends, by an error or Ctrl-C too, the model holds the parameters and buffers of the best
     epoch so far (before the first is finished, those it came with), is on `device`, and each module is in the
-    mode in which it was found. While training, all of them are in training mode.
+    mode in which it was found. While training, all of them are in training mode, so a BatchNorm that the caller had
+    frozen with `.eval()` takes the batches' statistics and learns them.
 
     With `checkpoint`, a call goes on after the last epoch that an earlier one finished. On the CPU, with as
     many threads, it ends as an unbroken run would, bit for bit. Only torch's random generators are restored.

@@ -31,24 +31,32 @@ class LedgerRow:
         note: what there is to add, or "".
         measurement: the model as it then was.
         seconds: wall-clock time of the step, without the measuring.
+        speedup: how many times as fast it is as the first row's model, where the two were timed by turns.
     """
 
     step: str
     note: str
     measurement: Measurement
     seconds: float
+    speedup: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values."""
-        measured = self.measurement.to_json()
-        return {"step": self.step, "note": self.note, "measurement": measured, "seconds": self.seconds}
+        return {
+            "step": self.step,
+            "note": self.note,
+            "measurement": self.measurement.to_json(),
+            "seconds": self.seconds,
+            "speedup": self.speedup,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LedgerRow:
         """The row that `to_json` wrote; raises `RunError` if `value` is not such a row."""
         with _reading("ledger row"):
             measured = Measurement.from_json(value["measurement"])
-            return cls(str(value["step"]), str(value["note"]), measured, float(value["seconds"]))
+            speedup = None if value["speedup"] is None else float(value["speedup"])
+            return cls(str(value["step"]), str(value["note"]), measured, float(value["seconds"]), speedup)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Ledger:
         if len(self.rows) < 2:
             return ()
         first, last = self.rows[0].measurement, self.rows[-1].measurement
-        return tuple(_figures(first, last))
+        return tuple(_figures(first, last, self.rows[-1].speedup))
 
     @property
     def verdict(self) -> str:
@@ -143,12 +151,12 @@ class CheckRow:
 
     Attributes:
         check: what was checked, such as "masked equals cut".
-        value: what it gave: a number (a largest difference, a count), words ("off by 3e-15"), or None.
+        value: what it gave, such as "off by 3e-15".
         passed: whether that is as it must be.
     """
 
     check: str
-    value: float | str | None
+    value: str
     passed: bool
 
 
@@ -233,39 +241,50 @@ class RunRecord:
             )
 
 
-def latency_change(before: Latency | None, after: Latency | None) -> str:
+def latency_change(before: Latency | None, after: Latency | None, speedup: float | None = None) -> str:
     """What became of the latency: "1.9x faster", "1.1x slower", or why that cannot be said.
 
-    Two latencies with other threads, batch or device are not compared. No difference is claimed where one median
-    lies in the other's range, as on a busy machine, nor below 1.1x while the ranges overlap. "" where one of them
-    is missing.
+    Two latencies with other threads, batch or device are not compared. No difference is claimed below 1.1x while
+    the ranges overlap, nor, where the two were timed apart, while one median lies in the other's range. "" where one
+    of them is missing.
+
+    Args:
+        before, after: the two latencies.
+        speedup: how many times as fast the second is, where both were timed by turns, so that whatever else the
+            machine did slowed both; else the medians are compared.
 
     >>> before = Latency(4.0, 3.9, 4.2, runs=30, batch=1, threads=2, device="cpu")
     >>> latency_change(before, Latency(2.0, 1.9, 2.1, runs=30, batch=1, threads=2, device="cpu"))
     '2.0x faster'
     >>> latency_change(before, Latency(3.9, 3.8, 4.1, runs=30, batch=1, threads=2, device="cpu"))
     'within the spread'
+    >>> busy = Latency(3.0, 1.9, 9.1, runs=30, batch=1, threads=2, device="cpu")
+    >>> latency_change(before, busy), latency_change(before, busy, speedup=2.0)
+    ('within the spread', '2.0x faster')
     """
     if before is None or after is None:
         return ""
     if (before.batch, before.threads, before.device) != (after.batch, after.threads, after.device):
         return OTHER_CONDITIONS
+    if before == after:
+        return "unchanged"
     one, two = sorted((before, after), key=lambda latency: latency.median_ms)
     overlap = two.low_ms <= one.high_ms
-    inside = one.high_ms >= two.median_ms or two.low_ms <= one.median_ms
-    if inside or (overlap and two.median_ms < 1.1 * one.median_ms):
+    inside = speedup is None and (one.high_ms >= two.median_ms or two.low_ms <= one.median_ms)
+    times = (before.median_ms, after.median_ms) if speedup is None else (speedup, 1.0)
+    if inside or (overlap and max(times) < 1.1 * min(times)):
         return "within the spread"
-    return numbers.change(before.median_ms, after.median_ms, "faster", "slower")
+    return numbers.change(*times, "faster", "slower")
 
 
-def _figures(first: Measurement, last: Measurement) -> Iterator[Figure]:
+def _figures(first: Measurement, last: Measurement, speedup: float | None) -> Iterator[Figure]:
     size = numbers.megabytes
     yield from _counted(first.bytes, last.bytes, ("smaller file", "larger file", "file size"), size)
     macs = first.macs.per_image, last.macs.per_image
     yield from _counted(*macs, ("fewer MACs", "more MACs", "MACs"), numbers.scaled)
     if first.latency is not None and last.latency is not None:
         before, after = first.latency.median_ms, last.latency.median_ms
-        said = latency_change(first.latency, last.latency)
+        said = latency_change(first.latency, last.latency, speedup)
         value, _, words = said.rpartition(" ")
         if said == OTHER_CONDITIONS:
             value, words = numbers.milliseconds(after), "under other conditions"
@@ -273,7 +292,7 @@ def _figures(first: Measurement, last: Measurement) -> Iterator[Figure]:
             value, words = "same", "speed"
         yield Figure(value, words, _from_to(before, after, numbers.milliseconds), words == "slower")
     if first.accuracy is not None and last.accuracy is not None:
-        before, after = first.accuracy.top1 / 100, last.accuracy.top1 / 100
+        before, after = first.accuracy.top1, last.accuracy.top1
         detail = f"{_from_to(before, after, numbers.percent)} ({numbers.points(before, after)})"
         yield Figure(numbers.percent(after), "accuracy", detail, after < before)
 

@@ -60,6 +60,15 @@ def percent(fraction: float | None) -> str:
     return DASH if fraction is None else f"{_finite(100 * fraction, '.2f')} %"
 
 
+def share(fraction: float) -> str:
+    """A share that a person asked for as a percentage, as short as it can be written.
+
+    >>> share(0.125), share(0.8)
+    ('12.5 %', '80 %')
+    """
+    return f"{100 * fraction:g} %"
+
+
 def points(before: float, after: float) -> str:
     """The difference of two fractions in percentage points, signed, taken from the figures as printed.
 
@@ -121,19 +130,6 @@ def learning_rate(value: float) -> str:
     ('0.001', '1e-6')
     """
     return f"{value:.3g}".replace("e-0", "e-")
-
-
-def evidence(value: float | None) -> str:
-    """A measured error or effect: whole numbers as they are, all else to two figures.
-
-    >>> evidence(3.14159e-15), evidence(0), evidence(12141667)
-    ('3.1e-15', '0', '12,141,667')
-    """
-    if value is None:
-        return DASH
-    if math.isfinite(value) and value == int(value):
-        return f"{int(value):,}"
-    return _finite(value, ".2g")
 
 
 def ratio(before: float, after: float) -> str:

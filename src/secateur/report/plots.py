@@ -283,7 +283,7 @@ def _ledger_panels(ledger: Ledger) -> Iterator[tuple[str, list[float | None], li
             shares = [None if value is None else value / first for value in values]
             labels = [numbers.DASH if share is None else f"{100 * share:.3g} %" for share in shares]
             yield title, shares, labels
-    accuracies = [None if m.accuracy is None else m.accuracy.top1 / 100 for m in measured]
+    accuracies = [None if m.accuracy is None else m.accuracy.top1 for m in measured]
     if any(value is not None for value in accuracies):
         yield "Accuracy", accuracies, [numbers.percent(value) for value in accuracies]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from secateur.measure.measurement import Measurement
 from secateur.measure.sparsity import SparsityTable
 from secateur.recover.history import History
 from secateur.report import numbers
@@ -28,10 +27,9 @@ def ledger_table(ledger: Ledger) -> Table:
     ('Step', 'Took')
     """
     rows = ledger.rows
-    first = rows[0].measurement if rows else None
     columns: list[tuple[str, list[Cell]]] = []
     for name, cell in LEDGER_COLUMNS:
-        cells = [cell(row.measurement, row.measurement if first is None else first) for row in rows]
+        cells = [cell(row, rows[0]) for row in rows]
         if any(c.text != numbers.DASH for c in cells):
             columns.append((name, cells))
     names = ("Step", *(name for name, _ in columns), "Took")
@@ -99,13 +97,13 @@ def frozen_table(frozen: Sequence[FrozenRow], shown: int = 4) -> Table:
 def certificate_table(checks: Sequence[CheckRow]) -> Table:
     """The checks of the proof, what each gave, and whether it passed.
 
-    >>> certificate_table([CheckRow("masked equals cut", 3e-15, True)]).rows[0][2]
+    >>> certificate_table([CheckRow("masked equals cut", "off by 3e-15", True)]).rows[0][2]
     Cell(text='passed', notes=(), tone='good')
     """
     body = tuple(
         (
             Cell(row.check),
-            Cell(row.value if isinstance(row.value, str) else numbers.evidence(row.value)),
+            Cell(row.value),
             Cell("passed", tone="good") if row.passed else Cell("FAILED", tone="bad"),
         )
         for row in checks
@@ -148,52 +146,55 @@ def conditions_table(conditions: Iterable[tuple[str, str]]) -> Table:
     return _table("Conditions", ("Condition", "Value"), conditions, left=("Value",))
 
 
-def _accuracy(now: Measurement, first: Measurement) -> Cell:
-    if now.accuracy is None:
+def _accuracy(now: LedgerRow, first: LedgerRow) -> Cell:
+    after, before = now.measurement.accuracy, first.measurement.accuracy
+    if after is None:
         return Cell(numbers.DASH)
-    top1 = now.accuracy.top1 / 100
-    if first.accuracy is None or now is first:
-        return Cell(numbers.percent(top1))
-    return Cell(numbers.percent(top1), (numbers.points(first.accuracy.top1 / 100, top1),))
+    changed = () if before is None or now is first else (numbers.points(before.top1, after.top1),)
+    return Cell(numbers.percent(after.top1), changed)
 
 
-def _top5(now: Measurement, first: Measurement) -> Cell:
-    top5 = None if now.accuracy is None else now.accuracy.top5
-    return Cell(numbers.percent(None if top5 is None else top5 / 100))
+def _top5(now: LedgerRow, first: LedgerRow) -> Cell:
+    measured = now.measurement.accuracy
+    return Cell(numbers.percent(None if measured is None else measured.top5))
 
 
-def _loss(now: Measurement, first: Measurement) -> Cell:
-    return Cell(numbers.loss(None if now.accuracy is None else now.accuracy.loss))
+def _loss(now: LedgerRow, first: LedgerRow) -> Cell:
+    measured = now.measurement.accuracy
+    return Cell(numbers.loss(None if measured is None else measured.loss))
 
 
-def _params(now: Measurement, first: Measurement) -> Cell:
-    changed = numbers.change(first.params, now.params, "fewer", "more")
-    return Cell(numbers.count(now.params), _since(now, first, changed))
+def _params(now: LedgerRow, first: LedgerRow) -> Cell:
+    before, after = first.measurement.params, now.measurement.params
+    return Cell(numbers.count(after), _since(now, first, numbers.change(before, after, "fewer", "more")))
 
 
-def _macs(now: Measurement, first: Measurement) -> Cell:
-    changed = numbers.change(first.macs.per_image, now.macs.per_image, "fewer", "more")
-    return Cell(numbers.scaled(now.macs.per_image), _since(now, first, changed))
+def _macs(now: LedgerRow, first: LedgerRow) -> Cell:
+    before, after = first.measurement.macs.per_image, now.measurement.macs.per_image
+    return Cell(numbers.scaled(after), _since(now, first, numbers.change(before, after, "fewer", "more")))
 
 
-def _file(now: Measurement, first: Measurement) -> Cell:
-    changed = _since(now, first, numbers.change(first.bytes, now.bytes, "smaller", "larger"))
-    return Cell(numbers.megabytes(now.bytes), (numbers.mebibytes(now.bytes), *changed))
+def _file(now: LedgerRow, first: LedgerRow) -> Cell:
+    before, after = first.measurement.bytes, now.measurement.bytes
+    changed = _since(now, first, numbers.change(before, after, "smaller", "larger"))
+    return Cell(numbers.megabytes(after), (numbers.mebibytes(after), *changed))
 
 
-def _latency(now: Measurement, first: Measurement) -> Cell:
-    if now.latency is None:
+def _latency(now: LedgerRow, first: LedgerRow) -> Cell:
+    before, after = first.measurement.latency, now.measurement.latency
+    if after is None:
         return Cell(numbers.DASH)
-    spread = numbers.millisecond_range(now.latency.low_ms, now.latency.high_ms)
-    changed = _since(now, first, latency_change(first.latency, now.latency))
-    return Cell(numbers.milliseconds(now.latency.median_ms), (spread, *changed))
+    spread = numbers.millisecond_range(after.low_ms, after.high_ms)
+    changed = _since(now, first, latency_change(before, after, now.speedup))
+    return Cell(numbers.milliseconds(after.median_ms), (spread, *changed))
 
 
-def _sparsity(now: Measurement, first: Measurement) -> Cell:
-    return Cell(numbers.percent(now.sparsity.sparsity if now.sparsity.rows else None))
+def _sparsity(now: LedgerRow, first: LedgerRow) -> Cell:
+    table = now.measurement.sparsity
+    return Cell(numbers.percent(table.sparsity if table.rows else None))
 
 
-LEDGER_COLUMNS: tuple[tuple[str, Callable[[Measurement, Measurement], Cell]], ...] = (
+LEDGER_COLUMNS: tuple[tuple[str, Callable[[LedgerRow, LedgerRow], Cell]], ...] = (
     ("Accuracy", _accuracy),
     ("Top-5", _top5),
     ("Loss", _loss),
@@ -205,7 +206,7 @@ LEDGER_COLUMNS: tuple[tuple[str, Callable[[Measurement, Measurement], Cell]], ..
 )
 
 
-def _since(now: Measurement, first: Measurement, changed: str) -> tuple[str, ...]:
+def _since(now: LedgerRow, first: LedgerRow, changed: str) -> tuple[str, ...]:
     return () if now is first or changed in ("", "unchanged") else (changed,)
 
 
@@ -229,6 +230,8 @@ def _ledger_conditions(rows: Sequence[LedgerRow]) -> Iterable[str]:
     runs = {f"{t.runs:,} runs, batch {t.batch}, {_plural(t.threads, 'thread')}, {t.device}" for t in timed}
     if runs:
         yield f"Latency: median, and 10th to 90th percentile, of {'; or '.join(sorted(runs))}."
+    if any(row.speedup is not None for row in rows):
+        yield "Each size of the model was timed by turns with the first; how much faster is the median over the turns."
 
 
 def _share(part: int, whole: int) -> str:

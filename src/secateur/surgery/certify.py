@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis
+from secateur.graph.attention import see_heads
 from secateur.graph.capture import capture, map_tensors, run, steps, tensors_in
 from secateur.graph.probe import first_odd_output, survivors
 from secateur.graph.rebuild import rebuild
@@ -116,6 +117,8 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     """
     inputs = map_tensors(as_double, example_inputs)
     twin = copy.deepcopy(model).double().eval()
+    plain = _outputs(twin, inputs)
+    see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
     analysis = analysis_of(twin, plan, inputs)
     shaken = _shake(twin, seed)
     before = _outputs(shaken, inputs)
@@ -125,7 +128,7 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
         plan=plan.hash,
         permutation_error=_distance(before, _outputs(_shuffled(shaken, groups, seed), inputs)),
         control_error=_distance(before, _outputs(_shuffled(shaken, groups, seed, left_out=True), inputs)),
-        masked_error=masked_error,
+        masked_error=max(masked_error, _distance(plain, _outputs(twin, inputs))),
         masked_effect=effect,
         shapes=_first_odd_shape(smaller, plan, analysis, example_inputs),
         params=sum(p.numel() for p in smaller.parameters()),
@@ -167,7 +170,7 @@ def _shake(model: nn.Module, seed: int) -> nn.Module:
         if tensor.is_floating_point() and flat.numel() and (flat.max() == flat.min() or flat.abs().max() < 1e-3):
             noise = torch.rand(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
             new[name] = (tensor.detach() if flat.abs().max() >= 1e-3 else 0.5) + noise
-    return rebuild(model, new, {})
+    return rebuild(model, new)
 
 
 def _shuffled(model: nn.Module, groups: Groups, seed: int, left_out: bool = False) -> nn.Module:
@@ -175,16 +178,16 @@ def _shuffled(model: nn.Module, groups: Groups, seed: int, left_out: bool = Fals
     random = np.random.default_rng(seed)
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     new: dict[str, Tensor] = {}
-    skipped = not left_out
+    large = [slot for group in groups.groups if group.size > 1 for slot in group.slots]
+    skipped = next((slot for slot in large if slot.role == "read"), large[0] if large else None) if left_out else None
     for group in groups.groups:
         order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
         for slot in group.slots:
-            if not skipped and slot.role == "read" and group.size > 1:
-                skipped = True
+            if slot is skipped:
                 continue
             tensor = new.get(slot.tensor, tensors[slot.tensor])
             new[slot.tensor] = tensor.index_select(slot.dim, _moved(group, slot.index, order, tensor, slot.dim))
-    return rebuild(model, new, {})
+    return rebuild(model, new)
 
 
 def _moved(group: Group, index: Any, order: Any, tensor: Tensor, dim: int) -> Tensor:

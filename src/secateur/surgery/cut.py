@@ -32,8 +32,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     )
     """
     check_fits(model, plan)
-    groups = plan.groups
-    return rebuild(model, narrow(model, groups.kept(plan.keep)), groups.attributes(plan.keep))
+    return rebuild(model, narrow(model, plan.groups.kept(plan.keep)), plan.attributes(), plan.replays())
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.allocate.plan import Plan
 from secateur.errors import PlanError, ProofError
 from secateur.graph.analysis import Analysis
+from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Trace, capture, map_tensors, run
 from secateur.graph.probe import settle, survivors
@@ -46,15 +47,18 @@ def mask(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[Callable
     True
     """
     analysis = analysis_of(model, plan, example_inputs)
+    classes = [(module, type(module)) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     zeroed = zeroes(analysis, plan, device)
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    see_heads(model.eval())
     try:
         yield lambda inputs: run_masked(model, inputs, analysis.trace, zeroed)
     finally:
         for module, training in modes:
             module.training = training
+        for module, kind in classes:
+            module.__class__ = kind
 
 
 def analysis_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:

@@ -1,0 +1,213 @@
+"""Sizes that Python computes and that do not follow a cut, given again at each call: a `Replay` for a module.
+
+`x.view(n, 12, 64)`, `x.shape[-1] // self.heads`, `x.split(96)`, `x[:, :48]`, `q * q.shape[-1] ** -0.5`: the probe finds
+the calls whose sizes are not as predicted, or whose factors are not as before, and after a cut a hook on the module
+that makes the call puts the right ones in. The module keeps its class, its parameters' names and its autograd; sizes
+that no cut changes (the batch) stay as the caller has them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+SIZES = MappingProxyType(
+    dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"), 1)
+    | dict.fromkeys(("zeros", "ones", "empty", "full"), 0)
+)
+"""Functions that take the sizes of their result, and the position of the first."""
+
+PIECES = frozenset(("split", "chunk", "split_with_sizes"))
+REPLAYABLE = frozenset((*SIZES, *PIECES, "unflatten", "__getitem__", "narrow", "pad"))
+
+Place = tuple[str, int]
+"""Which number: ("size", output axis), ("piece", number), ("start" or "stop", number of the slice), ("pad", position),
+or ("float", position) for a factor that was computed from sizes and must stay what it was."""
+
+Sizes = dict[Place, int | float]
+Change = Mapping[tuple[str, int], Mapping[Place, int | float]]
+"""(function, which call of it in one forward of the module) -> the numbers to put in."""
+
+
+@dataclass(frozen=True)
+class PythonCall:
+    """A torch function that Python called, the how manieth of its name in one forward of `module`, and its floats."""
+
+    module: str
+    function: str
+    ordinal: int
+    floats: tuple[tuple[int, float], ...]
+
+
+class PythonCalls(TorchFunctionMode):
+    """Counts the torch functions that Python calls, by name, in every module that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[PythonCall] = []
+        self.current: int | None = None
+        self._counts: list[tuple[str, Counter[str]]] = [("", Counter())]
+
+    def enter(self, module: str) -> None:
+        self._counts.append((module, Counter()))
+
+    def leave(self) -> None:
+        self._counts.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        for _, counts in self._counts:
+            counts[name] += 1
+        before, self.current = self.current, len(self.made)
+        module, counts = self._counts[-1]
+        floats = tuple((i, item) for i, item in enumerate(args) if isinstance(item, float))
+        self.made.append(PythonCall(module, name, counts[name] - 1, floats))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.current = before
+
+
+@dataclass
+class Replay:
+    """The hooks of one module: while it runs, its calls get the sizes in `changes`."""
+
+    changes: dict[tuple[str, int], Sizes]
+    _running: list[_Replaying] = field(default_factory=list)
+
+    def start(self, *_: Any) -> None:
+        """Forward pre-hook."""
+        self._running.append(_Replaying(self.changes))
+        self._running[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self, *_: Any) -> None:
+        """Forward hook, called after an error as well."""
+        self._running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _Replaying(TorchFunctionMode):
+    def __init__(self, changes: Change) -> None:
+        super().__init__()
+        self._changes, self._counts = changes, Counter[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        change = self._changes.get((name, self._counts[name]))
+        self._counts[name] += 1
+        kwargs = dict(kwargs or {})
+        if change is None:
+            return func(*args, **kwargs)
+        return _changed(func, name, list(args), kwargs, change)
+
+
+def install(model: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Give modules their replays; one that has some already keeps those that are not given anew."""
+    for path, change in changes.items():
+        module = model.get_submodule(path)
+        replay = replay_of(module)
+        if replay is None:
+            replay = Replay({})
+            module.register_forward_pre_hook(replay.start)
+            module.register_forward_hook(replay.stop, always_call=True)
+        for key, sizes in change.items():
+            replay.changes.setdefault(key, {}).update(sizes)
+
+
+def replay_of(module: nn.Module) -> Replay | None:
+    """The module's replay, if it has one."""
+    for hook in module._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Replay):
+            return owner
+    return None
+
+
+def merged(first: Mapping[str, Change], then: Mapping[str, Change]) -> dict[str, dict[tuple[str, int], Sizes]]:
+    """The replays after one more cut, which gives `then`."""
+    return from_json([*to_json(first), *to_json(then)])
+
+
+def to_json(changes: Mapping[str, Change]) -> list[list[Any]]:
+    """Plain values: [module, function, ordinal, place, number, value] rows."""
+    return [
+        [module, *key, *place, value]
+        for module, change in changes.items()
+        for key, sizes in change.items()
+        for place, value in sizes.items()
+    ]
+
+
+def from_json(rows: Sequence[Sequence[Any]]) -> dict[str, dict[tuple[str, int], Sizes]]:
+    """What `to_json` wrote.
+
+    >>> changes = {"block": {("view", 0): {("size", 1): 9}}}
+    >>> from_json(to_json(changes)) == changes
+    True
+    """
+    out: dict[str, dict[tuple[str, int], Sizes]] = {}
+    for module, function, ordinal, place, number, value in rows:
+        out.setdefault(module, {}).setdefault((function, ordinal), {})[place, number] = value
+    return out
+
+
+def _changed(
+    func: Any, name: str, args: list[Any], kwargs: dict[str, Any], change: Mapping[Place, int | float]
+) -> Any:
+    """The call with its new numbers."""
+    for (place, position), value in change.items():
+        if place == "float":
+            args[position] = value
+    if name in PIECES:
+        key = next((k for k in ("split_size", "split_size_or_sections", "split_sizes", "chunks") if k in kwargs), "")
+        if key:
+            kwargs.pop(key)
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        return torch.split(args[0], [int(change["piece", i]) for i in range(len(change))], dim)
+    if name == "__getitem__":
+        args[1] = _sliced(args[1], change)
+    elif name == "narrow":
+        start, stop = change.get(("start", 0), args[2]), change.get(("stop", 0), args[2] + args[3])
+        args[2:] = [start, stop - start]
+    elif name == "pad":
+        args[1] = [change.get(("pad", i), n) for i, n in enumerate(args[1])]
+    elif name == "unflatten":
+        first = args[1] % args[0].ndim
+        args[2] = [n if n == -1 else change.get(("size", first + i), n) for i, n in enumerate(args[2])]
+    elif name in SIZES:
+        _resize(args, kwargs, SIZES[name], change)
+    return func(*args, **kwargs)
+
+
+def _resize(args: list[Any], kwargs: dict[str, Any], first: int, change: Mapping[Place, int | float]) -> None:
+    key = next((k for k in ("size", "shape") if k in kwargs), None)
+    spread = key is None and isinstance(args[first], int)
+    sizes = kwargs[key] if key is not None else args[first:] if spread else args[first]
+    new: list[Any] = [n if n == -1 else change.get(("size", d), n) for d, n in enumerate(sizes)]
+    if key is not None:
+        kwargs[key] = new
+    elif spread:
+        args[first:] = new
+    else:
+        args[first] = new
+
+
+def _sliced(index: Any, change: Mapping[Place, int | float]) -> Any:
+    """The index with the slices that are not trivial given new ends, counted in order."""
+    whole = index if isinstance(index, tuple) else (index,)
+    out: list[Any] = []
+    number = 0
+    for item in whole:
+        if isinstance(item, slice) and item != slice(None):
+            start = change.get(("start", number), item.start) if item.start is not None else None
+            stop = change.get(("stop", number), item.stop) if item.stop is not None else None
+            item = slice(start, stop, item.step)
+            number += 1
+        out.append(item)
+    return tuple(out) if isinstance(index, tuple) else out[0]
