@@ -69,7 +69,8 @@ def test_only_what_can_stand_in_is_taken() -> None:
 def test_heads_and_stream_of_an_encoder_can_be_cut() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
-    model = nn.Sequential(nn.Linear(5, 12), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(12, 4))
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Linear(5, 12), encoder, nn.Linear(12, 4))
     model, x = model.eval(), tokens(6, 5).float()
     groups = find_groups(model, x)
     assert sorted(group.size for group in groups.groups) == [3, 3, 12, 20, 20]

@@ -204,6 +204,7 @@ def test_what_was_asked_is_what_the_notes_say(tmp_path, network):
 def test_a_model_that_is_trained_already_is_measured_first(tmp_path, network):
     made = run(recipe(network, CUT), tmp_path / "run")
     assert [row.step for row in made.ledger.rows] == ["original", "cut"]
+    assert [row.seconds > 0 for row in made.ledger.rows] == [False, True]
 
 
 def test_a_finished_run_is_not_resumed(tmp_path, network):

@@ -7,7 +7,6 @@ the copy only, and only where a cut reaches them.
 
 from __future__ import annotations
 
-
 from collections.abc import Iterable
 
 import torch
@@ -67,7 +66,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, length, heads * width) -> (batch, heads, length, width)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return split.transpose(1, 2)
 
     def _bias(
         self, padding: Tensor | None, mask: Tensor | None, q: Tensor, k: Tensor, batched: bool
@@ -80,7 +80,9 @@ class HeadwiseAttention(nn.MultiheadAttention):
         if padding is not None:
             padding = _additive(padding if batched else padding.unsqueeze(0), q)
             parts.append(padding[:, None, None, :])
-        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]) if parts else None
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

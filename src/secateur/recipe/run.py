@@ -139,7 +139,7 @@ def _go(
             state, outcome = take(
                 number, state, setting, checkpoint=training, on_epoch=on_epoch, on_step=tell.within_epoch
             )
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start if number else 0.0
         row = None if number == 0 and not setting.trained else _row(state, outcome, setting, seconds)
         _save_state(_step_folder(folder, number), state)
         entries = (*entries, Entry(number, outcome, row))
