@@ -218,6 +218,95 @@ class PixelShuffle(nn.Sequential):
         super().__init__(conv(3, 16), nn.PixelShuffle(2), conv(4, 6), nn.PixelUnshuffle(2), conv(24, 3))
 
 
+class Strided(nn.Module):
+    """Every second channel gates the one before it: pairs go together; a roll over space is harmless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 8), conv(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).roll(1, 2)
+        return self.b(x[:, ::2] * x[:, 1::2].sigmoid())
+
+
+class Rolled(nn.Module):
+    """A roll over channels: how far it goes would depend on which are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 4, groups=2), conv(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).roll(1, 1)))
+
+
+class RunningSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).cumsum(-1)).cumsum(1))
+
+
+class Counted(nn.Module):
+    """Divided by the number of channels: as an integer, and as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x / x.shape[-1])
+        return self.d(self.c(x / torch.tensor(x.shape[-1])))
+
+
+class Halves(nn.Module):
+    """Two small halves by number, that often lose the same number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(2, 3), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).chunk(2, -1)
+        return self.b(left) + self.c(right)
+
+
+class Normalised(nn.Module):
+    """A length that is expanded over the channels; a root mean square that casts to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.b(F.normalize(self.a(x), dim=-1)))
+        wide = x.float()
+        return self.c((wide * wide.pow(2).mean(-1, keepdim=True).rsqrt()).to(x.dtype))
+
+
+class GroupedQueries(nn.Module):
+    """Two heads of keys and values for four of queries: a pair of queries goes with its key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q(x), self.k(x), self.v(x)))
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def weight_normed() -> nn.Module:
+    normed = torch.nn.utils.parametrizations.weight_norm
+    return nn.Sequential(nn.Linear(4, 8), normed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3))
+
+
 def tokens(width: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(2, 5, width, generator=torch.Generator().manual_seed(2))
 
@@ -246,6 +335,14 @@ NETWORKS = (
     Net(FixedView, image(), (4, 6)),
     Net(Recurrent, tokens(4), ()),
     Net(PixelShuffle, image(), (4, 6)),
+    Net(Strided, image(), (4,)),
+    Net(Rolled, image(), ()),
+    Net(RunningSum, tokens(4), (5,)),
+    Net(Counted, tokens(4), (7,)),
+    Net(Halves, tokens(4), (2, 2)),
+    Net(Normalised, tokens(4), (6, 5)),
+    Net(GroupedQueries, tokens(6), (2,)),
+    Net(weight_normed, tokens(4), (8, 6)),
 )
 
 

@@ -130,6 +130,25 @@ def test_model_that_does_not_run_is_named() -> None:
         find_groups(nn.Sequential(nn.Linear(4, 2)), torch.randn(2, 5))
 
 
+def test_outputs_inside_an_object_may_not_change() -> None:
+    class Holder:
+        def __init__(self, features: torch.Tensor) -> None:
+            self.features, self.me = features, self
+
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Holder]:
+            x = self.a(x)
+            return self.b(x), Holder(x)
+
+    groups = find_groups(Holding(), torch.randn(2, 4))
+    assert not groups.groups
+    assert next(f.reason for f in groups.frozen if f.tensor == "a.weight") == "reaches the model's output"
+
+
 def test_printed_groups_name_what_cannot_change() -> None:
     text = str(find_groups(networks.build(networks.NETWORKS[0]), networks.image()()))
     assert "3 groups, 21 units" in text

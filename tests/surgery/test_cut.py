@@ -151,6 +151,41 @@ def test_a_damaged_cut_is_not_certified() -> None:
     assert "cut model equals masked model" in certificate.sentence
 
 
+def test_a_damaged_cut_under_a_norm_is_not_certified() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(2, 4)
+    plan = Plan(find_groups(model, x), ((0, 1, 2),))
+    smaller = apply(model, plan)
+    assert certify(model, smaller, plan, x).ok
+    nn.init.zeros_(smaller[2].weight)
+    assert not certify(model, smaller, plan, x).ok
+
+
+def test_a_cut_transformer_layer_runs_where_torch_would_fuse_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)).eval()
+    x = torch.randn(2, 5, 4)
+    groups = find_groups(model, x)
+    smaller = apply(model, Plan(groups, tuple(tuple(range(max(1, group.size // 2))) for group in groups.groups)))
+    with torch.no_grad():
+        fused = smaller(x)
+    torch.testing.assert_close(fused, smaller(x).detach())
+
+
+def test_a_model_that_keeps_activations_can_be_cut() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(4, 8), nn.Linear(8, 3), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = self.a(x)
+            return self.b(self.last)
+
+    model, x = Keeping(), torch.randn(2, 4)
+    model(x)
+    plan = Plan(find_groups(model, x), ((0, 1, 2),))
+    assert certify(model, apply(model, plan), plan, x).ok
+
+
 def test_a_cut_of_another_plan_is_not_certified() -> None:
     net, groups = FOUND[1]
     model = networks.build(net)

@@ -20,6 +20,11 @@ class HeadwiseAttention(nn.MultiheadAttention):
     The arguments and results of `forward` are those of `nn.MultiheadAttention`.
     """
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False, or `nn.TransformerEncoderLayer` takes a fused path that computes the width of a head."""
+        return False
+
     def forward(
         self,
         query: Tensor,

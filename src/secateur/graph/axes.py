@@ -80,6 +80,7 @@ class Field:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     static: set[int] = field(default_factory=set)
     splits: list[tuple[Ids, int | None]] = field(default_factory=list)
+    free: set[int] = field(default_factory=set)
     slices: dict[int | None, int] = field(default_factory=dict)
 
     def on(self, ref: Ref) -> tuple[Block, ...]:
@@ -233,11 +234,9 @@ def refs_in(nested: Any) -> Iterable[Ref]:
 
 def outermost(ids: Ids) -> int:
     """The axis along which neighbouring units are farthest apart: the one that varied slowest before a reshape."""
-    strides = [
-        float(np.median(np.abs(np.diff(ids, axis=axis)))) if ids.shape[axis] > 1 else -1.0
-        for axis in range(ids.ndim)
-    ]
-    return int(np.argmax(strides))
+    jumps = [np.abs(np.diff(ids, axis=axis)) for axis in range(ids.ndim)]
+    # Repeated heads, as of grouped queries, lie no jump apart: only what changes tells.
+    return int(np.argmax([float(np.median(jump[jump > 0])) if jump.any() else -1.0 for jump in jumps]))
 
 
 def equate(step: Step, operands: Sequence[Ref | None], names: Sequence[Sequence[Name]], out: Sequence[Name]) -> None:

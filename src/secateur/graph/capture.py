@@ -12,12 +12,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -38,12 +38,13 @@ class Ref:
 
 @dataclass(frozen=True)
 class Value:
-    """Shape, dtype and origin of a value; `name` is that of the parameter or buffer."""
+    """Shape, dtype and origin of a value; `name` is that of the parameter or buffer, `constant` a number's value."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     origin: str  # "parameter", "buffer", "input", "constant" or "op"
     name: str = ""
+    constant: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,26 +113,46 @@ def map_tensors(function: Callable[[Tensor], Any], nested: Nested) -> Nested:
         return function(nested)
     if isinstance(nested, Mapping):
         return {key: map_tensors(function, item) for key, item in nested.items()}
-    if isinstance(nested, tuple | list):
+    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
+        entries = {e.name: getattr(nested, e.name) for e in dataclasses.fields(nested) if e.init}
+        return dataclasses.replace(nested, **map_tensors(function, entries))
+    if isinstance(nested, tuple | list) and not isinstance(nested, torch.Size):
         items = [map_tensors(function, item) for item in nested]
         named = isinstance(nested, tuple) and type(nested) is not tuple and issubclass(type(nested), tuple)
         return type(nested)(*items) if named else type(nested)(items)
     return nested
 
 
-def tensors_in(nested: Nested) -> Iterator[Tensor]:
-    """The tensors at the leaves, in order; dataclasses are looked into as well."""
+def detached(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy`: copies of the tensors that modules hold as plain attributes, which it refuses.
+
+    Such are the result of a weight norm before the forward pass, and activations kept from the last one.
+    """
+    held = [item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in held if not isinstance(tensor, nn.Parameter)}
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy, of a model that holds such tensors as well."""
+    return copy.deepcopy(model, detached(model))
+
+
+def tensors_in(nested: Nested, inside: tuple[Any, ...] = ()) -> Iterator[Tensor]:
+    """The tensors at the leaves, in order; objects, such as dataclasses, are looked into, but none that is `inside`."""
     if isinstance(nested, Tensor):
         yield nested
-    elif isinstance(nested, Mapping):
-        for item in nested.values():
-            yield from tensors_in(item)
-    elif isinstance(nested, tuple | list):
-        for item in nested:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-        for entry in dataclasses.fields(nested):
-            yield from tensors_in(getattr(nested, entry.name))
+        return
+    if isinstance(nested, Mapping):
+        items = list(nested.values())
+    elif isinstance(nested, tuple | list | set | frozenset):
+        items = list(nested)
+    elif isinstance(nested, nn.Module | type | ModuleType | FunctionType):
+        items = []
+    else:
+        items = list(getattr(nested, "__dict__", {}).values())
+    if not any(nested is outer for outer in inside):
+        for item in items:
+            yield from tensors_in(item, (*inside, nested))
 
 
 def run(model: nn.Module, example_inputs: Nested) -> Any:
@@ -159,7 +180,7 @@ def capture(model: nn.Module, example_inputs: Nested) -> Trace:
         with fake_copy(model, example_inputs) as (twin, inputs):
             return record(twin, inputs, fake=True)
     except CaptureError:
-        twin = see_heads(copy.deepcopy(model).eval())
+        twin = see_heads(duplicate(model).eval())
         return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
 
 
@@ -169,7 +190,7 @@ def fake_copy(model: nn.Module, example_inputs: Nested) -> Iterator[tuple[nn.Mod
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = [*model.parameters(), *model.buffers()]
     # deepcopy asks its memo first: given the fake twin there, it never copies a tensor's memory.
-    memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
+    memo: dict[int, Any] = detached(model) | {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
     twin = see_heads(copy.deepcopy(model, memo).eval())
     inputs = map_tensors(mode.from_tensor, example_inputs)
     with mode:
@@ -257,7 +278,8 @@ class Recorder(TorchDispatchMode):
 
     def register(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
         ref = Ref(len(self._values))
-        self._values.append(Value(tuple(tensor.shape), tensor.dtype, origin, name))
+        number = _number(tensor) if origin == "constant" else None
+        self._values.append(Value(tuple(tensor.shape), tensor.dtype, origin, name, number))
         self._refs[tensor] = ref
         return ref
 
@@ -280,6 +302,14 @@ class Recorder(TorchDispatchMode):
     def trace(self, outputs: Nested, fake: bool) -> Trace:
         refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
         return Trace(tuple(self._calls), tuple(self._values), refs, tuple(self.python.made), fake)
+
+
+def _number(tensor: Tensor) -> float | None:
+    """The value of a tensor without axes that Python made of a number."""
+    if tensor.ndim or tensor.is_complex() or isinstance(tensor, FakeTensor):
+        return None
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return float(tensor)
 
 
 @contextlib.contextmanager

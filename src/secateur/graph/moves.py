@@ -6,7 +6,7 @@ The one with an algorithm is `view`; the others are the op itself, carried out o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,13 +55,26 @@ def squeeze(step: Step) -> None:
 
 
 def expand(step: Step) -> None:
-    """expand: axes are aligned at the right, those of size 1 repeat and carry nothing."""
+    """expand: axes are aligned at the right, those of size 1 are repeated."""
     x: Ref = step.arg(0)
     shift = len(step.shape(step.output)) - len(step.shape(x))
     blocks = [relabel(b, {d: d + shift for d in b.dims}) for b in step.blocks(x)]
+    old = (1,) * shift + step.shape(x)
+    blocks += [_copies(step, d, n) for d, n in enumerate(step.shape(step.output)) if old[d] == 1 < n]
     for block in blocks:
         sizes(step, block)
     step.carry(blocks)
+
+
+def _copies(step: Step, dim: int, size: int) -> Block:
+    """An axis along which all is alike has units that nothing holds, free to go with whatever they meet."""
+    ids = step.units.fresh(size)
+    step.field.free.add(int(ids[0]))
+    return Block((dim,), ids)
+
+
+def _is_free(step: Step, block: Block) -> bool:
+    return int(block.ids.flat[0]) in step.field.free
 
 
 def slice_axis(step: Step) -> None:
@@ -70,6 +83,9 @@ def slice_axis(step: Step) -> None:
     dim = step.arg(1, "dim", 0) % len(step.shape(x))
     start, stop = step.arg(2, "start"), step.arg(3, "end")
     piece = slice(start, stop, step.arg(4, "step", 1))
+    if piece.step > 1 and not _whole_strides(step, x, dim, piece):
+        step.carry(block for block in step.blocks(x) if dim not in block.dims)
+        return
     number = step.field.slices.setdefault(step.call.python, 0)
     step.field.slices[step.call.python] += 1
     ids = next((b.ids for b in step.blocks(x) if b.dims == (dim,)), None)
@@ -80,30 +96,32 @@ def slice_axis(step: Step) -> None:
     step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)])
 
 
+def _whole_strides(step: Step, x: Ref, dim: int, piece: slice) -> bool:
+    """With x[::2], pairs must go together, or what stays changes places: unite them, if the axis is made of such."""
+    n, start = step.shape(x)[dim], piece.indices(step.shape(x)[dim])[0]
+    if not any(dim in block.dims for block in step.blocks(x)):
+        return True
+    ids = step.axis(x, dim)
+    if ids is None or n % piece.step or start >= piece.step or piece.indices(n)[1] <= n - piece.step + start:
+        return ids is None
+    rows = ids.reshape(-1, piece.step)
+    step.units.unite(rows[:, :1], rows)
+    return True
+
+
 def flip(step: Step) -> None:
     """flip reverses each axis named."""
-    _reorder(step, lambda ids, _: ids[::-1], step.arg(1))
+    x: Ref = step.arg(0)
+    at = {d % len(step.shape(x)) for d in step.arg(1)}
+    blocks = [(block, tuple(axis for axis, dim in enumerate(block.dims) if dim in at)) for block in step.blocks(x)]
+    step.carry(Block(block.dims, np.flip(block.ids, axes)) for block, axes in blocks)
 
 
 def roll(step: Step) -> None:
-    """roll shifts each axis named round; an axis that is flattened first cannot be followed."""
-    shifts, dims = step.arg(1), step.arg(2, "dims", [])
-    if dims:
-        _reorder(step, lambda ids, i: np.roll(ids, shifts[i], axis=0), dims)
-
-
-def _reorder(step: Step, function: Callable[[Ids, int], Ids], dims: Sequence[int]) -> None:
+    """roll shifts other axes round; along an axis with units, how far would depend on which are cut."""
     x: Ref = step.arg(0)
-    rank = len(step.shape(x))
-    at = {d % rank: i for i, d in enumerate(dims)}
-    blocks = []
-    for block in step.blocks(x):
-        ids = block.ids
-        for axis, dim in enumerate(block.dims):
-            if dim in at:
-                ids = np.moveaxis(function(np.moveaxis(ids, axis, 0), at[dim]), 0, axis)
-        blocks.append(Block(block.dims, ids))
-    step.carry(blocks)
+    dims = {d % len(step.shape(x)) for d in step.arg(2, "dims", [])}
+    step.carry(block for block in step.blocks(x) if dims and not set(block.dims) & dims)
 
 
 def select(step: Step) -> None:
@@ -257,7 +275,8 @@ def view(step: Step) -> None:
         own = [part for part in parts if set(part[0]) & set(block.dims)]
         before = [d for part in own for d in part[0]]
         after = [d for part in own for d in part[1]]
-        if any(other is not block and set(other.dims) & set(before) for other in blocks):
+        met = [other for other in blocks if other is not block and set(other.dims) & set(before)]
+        if met and (_is_free(step, block) or not all(_is_free(step, other) for other in met)):
             continue  # Two axes with units merge into one: no number can stand for a pair; `close` freezes both.
         sparse = block.ids.reshape([old[d] if d in block.dims else 1 for d in before])
         ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])

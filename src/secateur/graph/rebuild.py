@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.attention import see_heads
+from secateur.graph.capture import detached
 from secateur.graph.replay import Change, install
 
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
@@ -34,7 +35,7 @@ def rebuild(
         attributes: module path -> attribute -> value.
         replays: module path -> sizes to give its calls.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = detached(model)
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for name, old in named:
         if name in tensors:

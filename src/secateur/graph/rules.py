@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from secateur.graph import moves
 from secateur.graph.axes import Block, Name, Rule, Step, equate, spec
@@ -31,6 +32,10 @@ def elementwise(step: Step) -> None:
     """Any number of tensors, broadcast: axes are aligned at the right; those of size 1 meet nothing."""
     rank = len(step.shape(step.output))
     equate(step, step.operands, [_aligned(step, ref) for ref in step.operands], _letters(rank))
+    for ref in step.operands:  # a norm that is written out, or that torch takes apart, as `nn.RMSNorm`
+        if ref.id in step.field.static:
+            for block in step.blocks(ref):
+                step.counts(block.ids, step.shape(ref), "normalized_shape", position=block.dims[0])
 
 
 def _letters(rank: int) -> list[Name]:
@@ -149,6 +154,22 @@ def along_axis(step: Step) -> None:
     step.carry(step.blocks(x))
 
 
+def running(step: Step) -> None:
+    """cumsum: a unit's value depends on all before it, so units along the axis itself are frozen."""
+    x: Ref = step.arg(0)
+    dim = step.arg(1, "dim") % len(step.shape(x))
+    step.carry(block for block in step.blocks(x) if dim not in block.dims)
+
+
+def weight_norm(step: Step) -> None:
+    """(v, g, dim) -> g v / |v|, |v|: the length of each slice along `dim` runs over all other axes."""
+    v, g = step.arg(0), step.arg(1)
+    dim, rank = step.arg(2, "dim", 0), len(step.shape(v))
+    _statistic(step, v, [d for d in range(rank) if d != dim % rank])
+    equate(step, [v, g], [_letters(rank), _aligned(step, g)], _letters(rank))
+    step.carry(step.blocks(g), output=1)
+
+
 def _statistic(step: Step, x: Ref, dims: Iterable[int]) -> None:
     rank = len(step.shape(x))
     over = {d % rank for d in dims}
@@ -163,7 +184,7 @@ def reduction(exact: bool) -> Rule:
     def rule(step: Step) -> None:
         x: Ref = step.arg(0)
         rank = len(step.shape(x))
-        wanted = step.arg(1, "dim")
+        wanted = step.arg(2 if op_name(step.call) == "linalg_vector_norm" else 1, "dim")
         dims = range(rank) if wanted in (None, []) else [wanted] if isinstance(wanted, int) else wanted
         over = {d % rank for d in dims}
         if len(step.shape(step.output)) == rank:
@@ -216,7 +237,12 @@ def attention(step: Step) -> None:
         for ids in width:
             step.freeze(ids, "the default scale of attention is computed from this width")
     names: list[list[Name]] = [["b", "h", "i", "k"], ["b", "h", "j", "k"], ["b", "h", "j", "d"]]
-    equate(step, [q, k, v], names, ["b", "h", "i", "d"])
+    mask = step.call.kwargs.get("attn_mask")  # what is added to the scores, such as a bias of each head
+    if isinstance(mask, Ref):
+        scores: list[Name] = ["b", "h", "i", "j"]
+        shape = step.shape(mask)
+        names.append([name if n > 1 else None for name, n in zip(scores[4 - len(shape) :], shape)])
+    equate(step, [q, k, v, mask], names, ["b", "h", "i", "d"])
     heads = step.axis(step.output, 1)
     for output, ref in enumerate(step.call.outputs[1:], 1):  # the log of each head's sum
         if ref is not None and heads is not None and step.shape(ref)[1:2] == heads.shape:
@@ -247,6 +273,8 @@ def index(step: Step) -> None:
     if len(used) != 1:
         return
     chosen = picks[used[0]]
+    if chosen is not None and step.field.values[chosen.id].dtype == torch.bool:
+        return  # what a mask leaves is not known before it is computed
     grown = len(step.shape(chosen)) - 1 if chosen is not None else 0
     blocks = [block for block in step.blocks(x) if used[0] not in block.dims]
     step.carry(moves.relabel(b, {d: d + grown * (d > used[0]) for d in b.dims}) for b in blocks)
@@ -278,6 +306,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         attention,
     )
+    | {"vdot": spec("k, k ->"), "weight_norm_interface": weight_norm, "cumsum": running}
     # norms
     | dict.fromkeys(
         (
@@ -290,7 +319,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         batch_norm,
     )
     | {"native_layer_norm": layer_norm, "native_group_norm": group_norm}
-    | dict.fromkeys(("softmax", "log_softmax", "safe_softmax", "cumsum"), along_axis)
+    | dict.fromkeys(("softmax", "log_softmax", "safe_softmax"), along_axis)
     # reductions
     | {"sum": reduction(exact=True)}
     | dict.fromkeys(

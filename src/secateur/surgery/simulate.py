@@ -123,7 +123,7 @@ class _Zeroing(TorchDispatchMode):
             nonlocal position
             position += 1
             factor = self._zeroed.get((index, position))
-            return tensor if factor is None else tensor * factor
+            return tensor if factor is None else tensor.masked_fill(~factor, 0)
 
         args, kwargs = map_tensors(change, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
