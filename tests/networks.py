@@ -302,6 +302,17 @@ class GroupedQueries(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class PointNet(nn.Module):
+    """Batch norm between transposes: on fake tensors the strides, and so the ops of the next layer, are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x).transpose(1, 2)).transpose(1, 2))
+
+
 def weight_normed() -> nn.Module:
     normed = torch.nn.utils.parametrizations.weight_norm
     return nn.Sequential(nn.Linear(4, 8), normed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3))
@@ -342,6 +353,7 @@ NETWORKS = (
     Net(Halves, tokens(4), (2, 2)),
     Net(Normalised, tokens(4), (6, 5)),
     Net(GroupedQueries, tokens(6), (2,)),
+    Net(PointNet, tokens(4), (6,)),
     Net(weight_normed, tokens(4), (8, 6)),
 )
 

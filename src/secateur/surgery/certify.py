@@ -29,7 +29,7 @@ from secateur.graph.rebuild import rebuild
 from secateur.graph.records import Group, Groups, Slot
 from secateur.score.scoring import tensors_of
 from secateur.surgery.cut import apply
-from secateur.surgery.simulate import analysis_of, run_masked, zeroes
+from secateur.surgery.simulate import analysis_of, run_masked, simulate
 
 TOLERANCE = 1e-9
 """Largest error accepted, as a share of the largest output: float64 rounding over a deep network stays well below."""
@@ -153,7 +153,7 @@ def _certificate(model: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, 
     shaken = _shake(twin, seed)
     before = _outputs(shaken, inputs)
     groups = analysis.groups
-    masked_error, effect = _masked_against_cut(twin, smaller, plan, analysis, inputs)
+    masked_error, effect = _masked_against_cut(twin, smaller, plan, inputs)
     permutation_error = _distance(before, _outputs(_shuffled(shaken, groups, seed), inputs))
     large = [group for group in groups.groups if group.size > 1]
     return Certificate(
@@ -252,7 +252,7 @@ def _moved(group: Group, index: Any, order: Any, tensor: Tensor, dim: int) -> Te
 
 
 def _masked_against_cut(
-    twin: nn.Module, smaller: nn.Module, plan: Plan, analysis: Analysis, inputs: Any
+    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any
 ) -> tuple[float, float]:
     """(error, effect): cut against masked, and masked against uncut so that an empty plan shows.
 
@@ -260,9 +260,10 @@ def _masked_against_cut(
     """
     whole = [tuple(range(group.size)) for group in plan.groups.groups]
     exact = Plan(plan.groups, tuple(w if g.inexact else k for g, k, w in zip(plan.groups.groups, plan.keep, whole)))
-    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
-    zeroed = zeroes(analysis, exact, device)
-    masked = _run(lambda: run_masked(duplicate(twin), map_tensors(torch.clone, inputs), analysis.trace, zeroed))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        simulation = simulate(twin, exact, inputs)
+    masked = _run(lambda: run_masked(duplicate(twin), map_tensors(torch.clone, inputs), simulation))
     given = _outputs(duplicate(smaller).eval(), inputs)
     effect = _distance(_outputs(twin, inputs), masked)
     if exact.keep == plan.keep:

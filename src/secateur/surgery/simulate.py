@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.allocate.plan import Plan
 from secateur.errors import PlanError, ProofError
-from secateur.graph.analysis import Analysis
+from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Trace, capture, map_tensors, run
+from secateur.graph.capture import Trace, capture, duplicate, map_tensors, record, run
 from secateur.graph.probe import settle, survivors
+from secateur.graph.records import Slot
 from secateur.surgery.cut import check_fits
-
-Zeroed = Mapping[tuple[int, int], Tensor]
-"""(call, operand) -> what that operand is multiplied with: ones, and zeros where a unit is cut."""
 
 
 @contextlib.contextmanager
@@ -46,14 +47,13 @@ def mask(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[Callable
     ...     bool(torch.allclose(masked(x), sc.apply(net, plan)(x), atol=1e-6))
     True
     """
-    analysis = analysis_of(model, plan, example_inputs)
+    check_fits(model, plan)
+    simulation = simulate(model, plan, example_inputs)
     classes = [(module, type(module)) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    zeroed = zeroes(analysis, plan, device)
     modes = [(module, module.training) for module in model.modules()]
     see_heads(model.eval())
     try:
-        yield lambda inputs: run_masked(model, inputs, analysis.trace, zeroed)
+        yield lambda inputs: run_masked(model, inputs, simulation)
     finally:
         for module, training in modes:
             module.training = training
@@ -73,9 +73,39 @@ def analysis_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
     return analysis
 
 
-def zeroes(analysis: Analysis, plan: Plan, device: torch.device | str) -> Zeroed:
-    """The masks of a plan, for each operand in which units end."""
-    stays = survivors(plan.groups, plan.keep)
+@dataclass(frozen=True)
+class Simulation:
+    """A trace of the model on real tensors, and what its operands are multiplied with, by (call, operand)."""
+
+    trace: Trace
+    zeroed: Mapping[tuple[int, int], Tensor]
+
+
+def simulate(model: nn.Module, plan: Plan, inputs: Any) -> Simulation:
+    """How to run the uncut model as the plan's cut.
+
+    The trace is of a real run: on fake tensors, whose strides may differ, an op can take another path. Its units are
+    found again by their places in the tensors.
+    """
+    twin = see_heads(duplicate(model).eval())
+    analysis = analyse(record(twin, map_tensors(torch.clone, inputs), fake=False), model)
+    left = plan.groups.kept(plan.keep)
+    kept = {(tensor, dim): set(places) for tensor, dims in left.items() for dim, places in dims.items()}
+    keep = [
+        [u for u in range(group.size) if all(_stays(slot, u, kept) for slot in group.slots)]
+        for group in analysis.groups.groups
+    ]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Simulation(analysis.trace, _zeroes(analysis, survivors(analysis.groups, keep), device))
+
+
+def _stays(slot: Slot, unit: int, kept: Mapping[tuple[str, int], set[int]]) -> bool:
+    places = kept.get((slot.tensor, slot.dim))
+    return places is None or set(slot.index[unit]) <= places
+
+
+def _zeroes(analysis: Analysis, stays: NDArray[np.bool_], device: torch.device) -> dict[tuple[int, int], Tensor]:
+    """For each operand in which units end, where they stay."""
     out: dict[tuple[int, int], Tensor] = {}
     for contraction, block in analysis.contractions:
         left = stays[block.units]
@@ -96,16 +126,16 @@ def _refs(trace: Trace, call: int) -> Iterator[int]:
     return (ref.id for ref in refs_in((trace.calls[call].args, trace.calls[call].kwargs)))
 
 
-def run_masked(model: nn.Module, inputs: Any, trace: Trace, zeroed: Zeroed) -> Any:
-    """One forward pass with the operands in `zeroed` multiplied; ProofError if the ops are not those of `trace`."""
-    with _Zeroing(trace, zeroed):
+def run_masked(model: nn.Module, inputs: Any, simulation: Simulation) -> Any:
+    """One forward pass with the operands zeroed; ProofError if the ops are not those of the simulation's trace."""
+    with _Zeroing(simulation):
         return run(model, inputs)
 
 
 class _Zeroing(TorchDispatchMode):
-    def __init__(self, trace: Trace, zeroed: Zeroed) -> None:
+    def __init__(self, simulation: Simulation) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._trace, self._zeroed, self._index = trace, zeroed, 0
+        self._trace, self._zeroed, self._index = simulation.trace, simulation.zeroed, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":
