@@ -153,3 +153,20 @@ def test_printed_groups_name_what_cannot_change() -> None:
     text = str(find_groups(networks.build(networks.NETWORKS[0]), networks.image()()))
     assert "3 groups, 21 units" in text
     assert "11.weight axis 0, 11.bias axis 0: reaches the model's output" in text
+
+
+def test_a_detector_that_ranks_is_followed_up_to_the_ranking() -> None:
+    class Ranks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.kept = nn.Linear(4, 6), nn.Linear(6, 3), [torch.zeros(1)]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.a(x)
+            self.kept[0] = hidden  # an activation kept in a list, as a pyramid of features is
+            scores = self.b(hidden.view(-1, 6))
+            return scores[scores[:, 0] > scores[:, 0].mean()]
+
+    groups = find_groups(Ranks(), torch.randn(5, 4))
+    assert [group.size for group in groups.groups] == [6]
+    assert [size.function for size in groups.sizes] == ["view"]

@@ -126,9 +126,11 @@ def map_tensors(function: Callable[[Tensor], Any], nested: Nested) -> Nested:
 def detached(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy`: copies of the tensors that modules hold as plain attributes, which it refuses.
 
-    Such are the result of a weight norm before the forward pass, and activations kept from the last one.
+    Such are the result of a weight norm before the forward pass, and activations kept from the last one, also in lists.
     """
-    held = [item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor)]
+    own = ("_parameters", "_buffers", "_modules")
+    values = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
+    held = list(tensors_in([v for v in values if isinstance(v, Tensor | list | tuple | Mapping)]))
     return {id(tensor): tensor.detach().clone() for tensor in held if not isinstance(tensor, nn.Parameter)}
 
 

@@ -16,14 +16,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from secateur.graph.analysis import Analysis, UnitBlock, analyse
+from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Call, Trace, Value, fake_copy, op_name, recording, run, steps, tensors_in
-from secateur.graph.rebuild import rebuild
+from secateur.graph.capture import (
+    Call,
+    Trace,
+    Value,
+    fake_copy,
+    map_tensors,
+    op_name,
+    recording,
+    run,
+    steps,
+    tensors_in,
+)
+from secateur.graph.rebuild import narrow, rebuild
 from secateur.graph.records import Groups
 from secateur.graph.replay import REPLAYABLE, PythonCall
+
+RANKING = frozenset(("nonzero", "nms", "masked_select", "unique", "unique2"))
+"""Ops whose result's shape depends on values: a detector keeps the boxes that score best."""
 
 PLANS = 2
 """Random plans tried: each cuts every group, by different shares, so that no two sizes agree by chance."""
@@ -121,28 +137,50 @@ def _first_miss(model: nn.Module, example_inputs: Any, analysis: Analysis, seed:
         return None
     keep = random_keep(groups, seed)
     stays = survivors(groups, keep)
-    with fake_copy(model, example_inputs) as (twin, inputs):
-        tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-        shapes = groups.shapes(keep)
-        narrowed = {n: t if t.shape == shapes[n] else t.new_empty(shapes[n]) for n, t in tensors.items()}
-        cut = rebuild(twin, narrowed, groups.attributes(keep), groups.replays(keep))
-        with recording(cut) as recorder:
-            for tensor in tensors_in(inputs):
-                recorder.register(tensor, "input")
-            error = ""
-            try:
-                with _quiet():
-                    run(cut, inputs)
-            except Exception as stopped:
-                error = f": {str(stopped).splitlines()[0]}" if str(stopped) else ""
+    with (
+        _cut_copy(model, example_inputs, groups, keep, analysis.trace.fake) as (cut, inputs),
+        recording(cut) as recorder,
+    ):
+        for tensor in tensors_in(inputs):
+            recorder.register(tensor, "input")
+        error = ""
+        try:
+            with _quiet():
+                run(cut, inputs)
+        except Exception as stopped:
+            error = f": {str(stopped).splitlines()[0]}" if str(stopped) else ""
     wanted, made, values = steps(analysis.trace.calls), steps(recorder.calls), recorder.values
     for index, (name, expected) in enumerate(wanted):
+        if name in RANKING or _picks_by_truth(expected, analysis.trace.values):
+            return None  # what follows depends on the values, which a cut changes; the certificate looks at it
         if index >= len(made) or made[index][0] != name:
             return _freeze_around(analysis, index, stays, error)
         other = _constants(expected, analysis.trace.values) != _constants(made[index][1], values)
         if other or first_odd_output(expected, made[index][1], analysis, values, stays):
             return _freeze_around(analysis, index, stays, "")
     return None
+
+
+def _picks_by_truth(call: Call, values: Sequence[Value]) -> bool:
+    """Whether an op is `x[mask]`."""
+    chosen = refs_in(call.args[1:]) if op_name(call) == "index" else ()
+    return any(values[ref.id].dtype is torch.bool for ref in chosen)
+
+
+@contextlib.contextmanager
+def _cut_copy(
+    model: nn.Module, example_inputs: Any, groups: Groups, keep: Sequence[Sequence[int]], fake: bool
+) -> Iterator[tuple[nn.Module, Any]]:
+    """A cut copy and inputs for it: fake ones, or real ones where the model does not run on fake tensors."""
+    if not fake:
+        cut = rebuild(model, narrow(model, groups.kept(keep)), groups.attributes(keep), groups.replays(keep))
+        yield see_heads(cut.eval()), map_tensors(torch.clone, example_inputs)
+        return
+    with fake_copy(model, example_inputs) as (twin, inputs):
+        tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+        shapes = groups.shapes(keep)
+        narrowed = {n: t if t.shape == shapes[n] else t.new_empty(shapes[n]) for n, t in tensors.items()}
+        yield rebuild(twin, narrowed, groups.attributes(keep), groups.replays(keep)), inputs
 
 
 @contextlib.contextmanager
