@@ -201,8 +201,10 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         except BlockingIOError as error:
             what = f"another process is at work in {os.fspath(folder)!r}"
             raise RunError(f"{what}; wait until it has ended, or give another folder.") from error
-        except OSError:
-            pass  # no locks here
+        except OSError as error:
+            # A file system without locks cannot protect the folder, but need not stop the work.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
         yield
     finally:
         os.close(handle)
