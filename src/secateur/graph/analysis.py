@@ -6,15 +6,18 @@ value of the trace the units along its axes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.graph.axes import Contraction, Field, PythonInt, Step
+from secateur.graph.axes import Contraction, Field, PythonInt, Step, refs_in
 from secateur.graph.capture import Ref, Trace
+from secateur.graph.decisions import Decision, numbered
 from secateur.graph.records import Frozen, Group, Groups, Int, Size, Slot, TensorInfo
+from secateur.graph.replay import REPLAYABLE
 from secateur.graph.rules import KERNEL, rule_for
 from secateur.graph.units import Ids, Solution
 
@@ -31,27 +34,36 @@ class UnitBlock:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The groups of a trace, the units on each of its values, and the places where units end."""
+    """The groups of a trace, the units on each of its values, and the places where units end.
+
+    `sizes[i]` are the numbers that the torch function `trace.python[i]` can be given anew.
+    """
 
     trace: Trace
     groups: Groups
     blocks: Mapping[int, tuple[UnitBlock, ...]]
     contractions: tuple[tuple[Contraction, UnitBlock], ...]
+    sizes: Mapping[int, tuple[Size, ...]]
 
     def units_of(self, ref: Ref) -> tuple[UnitBlock, ...]:
         return self.blocks.get(ref.id, ())
 
+    @cached_property
+    def decisions(self) -> dict[tuple[str, int], Decision | None]:
+        """What another run is to follow: the decisions of this one, but for those along axes with units."""
+        calls = [self.trace.calls[decision.call] for decision in self.trace.decisions]
+        refs = [[*refs_in((c.args, c.kwargs)), *(r for r in c.outputs if r is not None)] for c in calls]
+        live = [any((b.units >= 0).any() for ref in row for b in self.units_of(ref)) for row in refs]
+        return numbered(self.trace.decisions, live)
 
-def analyse(
-    trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = (), replayed: Collection[int] = ()
-) -> Analysis:
+
+def analyse(trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = ()) -> Analysis:
     """Groups of a captured model.
 
     Args:
         trace: what `capture` recorded of `model` (or of its twin).
         model: read for its tensors' names and its modules' integers; not run.
         frozen: (value, reason): units on these values may not be cut, found out by the probe.
-        replayed: indices into `trace.python`: calls whose sizes do not follow and are replayed.
     """
     state = propagate(trace)
     for value, reason in frozen:
@@ -59,14 +71,13 @@ def analyse(
             state.units.freeze(block.ids, reason)
     solution = _rectangular(state)
     units, groups = _form_groups(state, solution, model)
-    groups = replace(groups, sizes=_replays(trace, state.ints, solution, units, replayed))
     numbered = {
         ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
         for ref, blocks in state.blocks.items()
         if blocks
     }
     ends = tuple((c, UnitBlock(c.block.dims, units[solution.root[c.block.ids]])) for c in state.contractions)
-    return Analysis(trace, groups, numbered, ends)
+    return Analysis(trace, groups, numbered, ends, _find_sizes(trace, state.ints, solution, units))
 
 
 def propagate(trace: Trace) -> Field:
@@ -214,23 +225,27 @@ def _by_row(numbers: Ids) -> Ids:
     return np.where((rows == rows[:, :1]).all(axis=1), rows[:, 0], -1)
 
 
-def _replays(
-    trace: Trace, ints: Sequence[PythonInt], solution: Solution, units: Ids, replayed: Collection[int]
-) -> tuple[Size, ...]:
-    """The sizes of the calls to replay; where two sizes of one call site disagree, the probe will see it."""
+def _find_sizes(
+    trace: Trace, ints: Sequence[PythonInt], solution: Solution, units: Ids
+) -> dict[int, tuple[Size, ...]]:
+    """For each torch function that Python called, the numbers that it can be given anew.
+
+    Calls of one site get the numbers of the first: where they disagree, the probe will see it.
+    """
     found: dict[tuple[str, str, int, tuple[str, int]], Size] = {}
+    out: dict[int, list[Size]] = {}
     for item in ints:
-        if item.python in replayed and item.place is not None and item.python is not None:
-            call = trace.python[item.python]
-            key = (call.module, call.function, call.ordinal, item.place)
-            numbers = _by_row(units[solution.root[item.ids]])
-            found.setdefault(key, Size(*key, tuple(numbers.tolist())))
-    factors = (
-        Size(call.module, call.function, call.ordinal, ("float", position), (), value)
-        for call in (trace.python[index] for index in sorted(replayed))
-        for position, value in call.floats
-    )
-    return (*found.values(), *factors)
+        if item.place is None or item.python is None or trace.python[item.python].function not in REPLAYABLE:
+            continue
+        key = (*trace.python[item.python].site, item.place)
+        if key not in found:
+            found[key] = Size(*key, tuple(_by_row(units[solution.root[item.ids]]).tolist()))
+        out.setdefault(item.python, []).append(found[key])
+    for index, call in enumerate(trace.python):
+        factors = [Size(*call.site, ("float", position), (), value) for position, value in call.floats]
+        if factors:
+            out.setdefault(index, []).extend(factors)
+    return {index: tuple(sizes) for index, sizes in out.items()}
 
 
 def _attribute(module: nn.Module, item: PythonInt) -> tuple[str, int | None] | None:

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import CaptureError
 from secateur.graph.attention import see_heads
+from secateur.graph.decisions import Decision, decided, noted
 from secateur.graph.replay import PythonCall, PythonCalls
 
 Nested = Any
@@ -67,13 +68,14 @@ class Call:
 class Trace:
     """All that one forward pass did, in order; `fake` says whether it ran without arithmetic.
 
-    `python` are the torch functions that Python called.
+    `python` are the torch functions that Python called, `decisions` what a real run decided from values.
     """
 
     calls: tuple[Call, ...]
     values: tuple[Value, ...]
     outputs: tuple[Ref, ...]
     python: tuple[PythonCall, ...]
+    decisions: tuple[Decision, ...]
     fake: bool
 
 
@@ -201,7 +203,7 @@ def fake_copy(model: nn.Module, example_inputs: Nested) -> Iterator[tuple[nn.Mod
 
 def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:
     """Run `twin`, which is ours to touch, under the recorder."""
-    with recording(twin) as recorder:
+    with recording(twin, Recorder(PythonCalls())) as recorder:
         for tensor in tensors_in(inputs):
             recorder.register(tensor, "input")
         try:
@@ -217,9 +219,8 @@ def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:
 
 
 @contextlib.contextmanager
-def recording(twin: nn.Module) -> Iterator[Recorder]:
-    """A recorder in force, which knows the twin's parameters and in which module each op runs."""
-    recorder = Recorder()
+def recording(twin: nn.Module, recorder: Recorder) -> Iterator[Recorder]:
+    """The recorder in force, which knows the twin's parameters and in which module each op runs."""
     for name, parameter in twin.named_parameters():
         recorder.register(parameter, "parameter", name)
     for name, buffer in twin.named_buffers():
@@ -239,13 +240,22 @@ def recording(twin: nn.Module) -> Iterator[Recorder]:
 class Recorder(TorchDispatchMode):
     """The dispatch mode that writes the trace down; `prim` ops, which ask for a device, are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: PythonCalls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Call] = []
         self._values: list[Value] = []
         self._refs: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._stack: list[str] = []
-        self.python = PythonCalls()
+        self._decisions: list[Decision] = []
+        self.python = python
+        python.recorder = self
+
+    def mark(self) -> int:
+        """A place to `rewind` to: what is called after it is then as if it had not been."""
+        return len(self._calls)
+
+    def rewind(self, mark: int) -> None:
+        del self._calls[mark:]
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -297,13 +307,17 @@ class Recorder(TorchDispatchMode):
         noted_kwargs = map_tensors(self.ref, dict(kwargs))
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
+        if decided(func, args, outputs) and not any(isinstance(item, FakeTensor) for item in outputs):
+            self._decisions.append(noted(len(self._calls), func, outputs))
         refs = tuple(self.register(item, "op") if isinstance(item, Tensor) else None for item in outputs)
         self._calls.append(Call(func, noted_args, noted_kwargs, refs, self.module, self.python.current))
         return result
 
     def trace(self, outputs: Nested, fake: bool) -> Trace:
         refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
-        return Trace(tuple(self._calls), tuple(self._values), refs, tuple(self.python.made), fake)
+        return Trace(
+            tuple(self._calls), tuple(self._values), refs, tuple(self.python.made), tuple(self._decisions), fake
+        )
 
 
 def _number(tensor: Tensor) -> float | None:

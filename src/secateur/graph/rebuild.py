@@ -47,6 +47,15 @@ def rebuild(
     return twin
 
 
+def share(model: nn.Module, tensors: Mapping[str, Tensor] = MappingProxyType({})) -> nn.Module:
+    """A copy to run or to change: its parameters are the model's own memory, but for `tensors`; its buffers are copies.
+
+    Args:
+        tensors: parameter or buffer name -> what stands in its place.
+    """
+    return rebuild(model, {**dict(model.named_parameters()), **tensors})
+
+
 def narrow(model: nn.Module, kept: Mapping[str, Mapping[int, list[int]]]) -> dict[str, Tensor]:
     """The tensors that a cut changes, each with only the indices that stay."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}

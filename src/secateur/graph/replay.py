@@ -45,12 +45,17 @@ class PythonCall:
     ordinal: int
     floats: tuple[tuple[int, float], ...]
 
+    @property
+    def site(self) -> tuple[str, str, int]:
+        return self.module, self.function, self.ordinal
+
 
 class PythonCalls(TorchFunctionMode):
     """Counts the torch functions that Python calls, by name, in every module that is running."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.recorder: Any = None
         self.made: list[PythonCall] = []
         self.current: int | None = None
         self._counts: list[tuple[str, Counter[str]]] = [("", Counter())]
@@ -70,9 +75,13 @@ class PythonCalls(TorchFunctionMode):
         floats = tuple((i, item) for i, item in enumerate(args) if isinstance(item, float))
         self.made.append(PythonCall(module, name, counts[name] - 1, floats))
         try:
-            return func(*args, **(kwargs or {}))
+            return self.execute(self.recorder, func, args, kwargs or {})
         finally:
             self.current = before
+
+    def execute(self, recorder: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make the call; `recorder` writes down its ops."""
+        return func(*args, **kwargs)
 
 
 @dataclass
@@ -104,7 +113,7 @@ class _Replaying(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if change is None:
             return func(*args, **kwargs)
-        return _changed(func, name, list(args), kwargs, change)
+        return changed(func, args, kwargs, change)
 
 
 def install(model: nn.Module, changes: Mapping[str, Change]) -> None:
@@ -157,10 +166,9 @@ def from_json(rows: Sequence[Sequence[Any]]) -> dict[str, dict[tuple[str, int], 
     return out
 
 
-def _changed(
-    func: Any, name: str, args: list[Any], kwargs: dict[str, Any], change: Mapping[Place, int | float]
-) -> Any:
+def changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], change: Mapping[Place, int | float]) -> Any:
     """The call with its new numbers."""
+    name, args, kwargs = func.__name__, list(args), dict(kwargs)
     for (place, position), value in change.items():
         if place == "float":
             args[position] = value

@@ -14,39 +14,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from secateur.allocate.plan import Plan
-from secateur.errors import CaptureError
-from secateur.graph.analysis import Analysis
-from secateur.graph.attention import see_heads
-from secateur.graph.capture import capture, duplicate, map_tensors, run, steps, tensors_in
-from secateur.graph.probe import first_odd_output, survivors
-from secateur.graph.rebuild import rebuild
-from secateur.graph.records import Group, Groups, Slot
-from secateur.score.scoring import tensors_of
-from secateur.surgery.cut import apply
-from secateur.surgery.simulate import analysis_of, run_masked, simulate
+from secateur.graph.analysis import Analysis, analyse
+from secateur.graph.attention import headwise, see_heads
+from secateur.graph.capture import Recorder, capture, map_tensors, recording, steps
+from secateur.graph.compare import Steps, first_odd
+from secateur.graph.records import Groups
+from secateur.graph.replay import PythonCalls
+from secateur.surgery.cut import apply, check_fits
+from secateur.surgery.double import Double, as_double, distance, doubled, outputs
+from secateur.surgery.shuffle import shaken, shuffled
+from secateur.surgery.simulate import Zeroing, analyse_run, simulate, stays_of
 
 TOLERANCE = 1e-9
 """Largest error accepted, as a share of the largest output: float64 rounding over a deep network stays well below."""
 
-MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn))
-LOW = frozenset((torch.float32, torch.float16, torch.bfloat16))
 CONTROLS = 4
 """About how many slots to leave out, one at a time, until one is noticed."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was checked, on which plan, and how far off it was; errors are shares of the largest output."""
+    """What was checked, on which plan, and how far off it was; errors are shares of the largest output.
+
+    `guilty` are the groups whose shuffle alone moved the output, if any; `inexact` those under a norm.
+    """
 
     plan: str
     permutation_error: float
     control_error: float
+    guilty: tuple[str, ...]
     masked_error: float
     masked_effect: float
     shapes: str
@@ -64,7 +63,11 @@ class Certificate:
         """(check, value, passed)."""
         control = stands_clear(self.control_error, self.permutation_error) or self.prunable_share == 0
         return (
-            ("shuffling all units leaves the output", _off(self.permutation_error), self.permutation_error < TOLERANCE),
+            (
+                "shuffling all units leaves the output",
+                _off(self.permutation_error) + (f" by {', '.join(self.guilty[:3])}" if self.guilty else ""),
+                self.permutation_error < TOLERANCE,
+            ),
             ("a shuffle with one slot left out is noticed", _off(self.control_error), control),
             (
                 f"cut model equals masked model (the cut moves the output by {self.masked_effect:.2g})",
@@ -94,24 +97,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**self.__dict__, "inexact": list(self.inexact)}
-
-
-class _Double(TorchFunctionMode):
-    """A model that makes or casts to less than float64 inside gets float64 there as well."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            func = Tensor.double
-        if func in MAKERS:
-            kwargs = {"dtype": torch.float64, **(kwargs or {})}
-        args = tuple(_doubled(arg) for arg in args)
-        kwargs = {name: _doubled(arg) for name, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-def _doubled(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in LOW else argument
+        return {**self.__dict__, "guilty": list(self.guilty), "inexact": list(self.inexact)}
 
 
 def stands_clear(control: float, permutation: float) -> bool:
@@ -141,146 +127,118 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     >>> certify(net, sc.apply(net, plan), plan, x).ok
     True
     """
-    with _Double():
-        return _certificate(model, duplicate(smaller).double(), plan, map_tensors(as_double, example_inputs), seed)
-
-
-def _certificate(model: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, seed: int) -> Certificate:
-    twin = duplicate(model).double().eval()
-    plain = _outputs(twin, inputs)
-    see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
-    analysis = analysis_of(twin, plan, inputs)
-    shaken = _shake(twin, seed)
-    before = _outputs(shaken, inputs)
-    groups = analysis.groups
-    masked_error, effect = _masked_against_cut(twin, smaller, plan, inputs)
-    permutation_error = _distance(before, _outputs(_shuffled(shaken, groups, seed), inputs))
-    large = [group for group in groups.groups if group.size > 1]
+    check_fits(model, plan)
+    with Double():
+        twin, inputs = doubled(model), map_tensors(as_double, example_inputs)
+        plain = outputs(twin, inputs) if any(headwise(module) for module in twin.modules()) else None
+        analysis = analyse_run(twin, inputs)
+        see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
+        whole = outputs(twin, inputs, analysis.decisions)
+        cut = _cut_against_masked(twin, doubled(smaller), plan, inputs, analysis, whole)
+        seen = 0.0 if plain is None else distance(plain, whole[: len(plain)])
+        moved = _shuffles(shaken(twin, seed), plan.groups, inputs, seed, bool(analysis.decisions))
+    large = any(group.size > 1 for group in plan.groups.groups)
     return Certificate(
         plan=plan.hash,
-        permutation_error=permutation_error,
-        control_error=_control(shaken, groups, seed, inputs, before, permutation_error),
-        masked_error=max(masked_error, _distance(plain, _outputs(twin, inputs))),
-        masked_effect=effect,
-        shapes=_first_odd_shape(smaller, plan, analysis, inputs),
+        permutation_error=moved.error,
+        control_error=moved.control,
+        guilty=moved.guilty,
+        masked_error=max(cut.error, seen),
+        masked_effect=cut.effect,
+        shapes=cut.shapes,
         params=sum(p.numel() for p in smaller.parameters()),
         params_predicted=plan.params_left,
-        prunable_share=groups.prunable_params / groups.params if large and groups.params else 0.0,
-        inexact=tuple(group.name for group in groups.groups if group.inexact),
+        prunable_share=plan.groups.prunable_params / plan.groups.params if large and plan.groups.params else 0.0,
+        inexact=tuple(group.name for group in plan.groups.groups if group.inexact),
     )
 
 
-def as_double(tensor: Tensor) -> Tensor:
-    """Floating tensors in float64, others as they are."""
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
-    return tensor.double() if tensor.is_floating_point() else tensor
+@dataclass(frozen=True)
+class _Cut:
+    """Cut against masked (`error`), masked against uncut (`effect`), and the first odd shape."""
+
+    error: float
+    effect: float
+    shapes: str
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The outputs of a copy, so that what a model caches or counts in one run is not there in the next."""
-    return _run(lambda: run(duplicate(model), map_tensors(torch.clone, inputs)))
+def _cut_against_masked(
+    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis, whole: Sequence[Tensor]
+) -> _Cut:
+    """The third and the fourth check.
+
+    Groups under a norm are left whole for the third, on both sides; `smaller` is then compared with the plan's cut.
+    """
+    every = [tuple(range(group.size)) for group in plan.groups.groups]
+    exact = Plan(plan.groups, tuple(e if g.inexact else k for g, k, e in zip(plan.groups.groups, plan.keep, every)))
+    follow = analysis.decisions
+    simulation = simulate(twin, exact, analysis)
+    masked = outputs(twin, inputs, follow, lambda _: Zeroing(simulation))
+    effect = distance(whole, masked)
+    given, shapes = _shapes(twin, smaller, plan, inputs, analysis)
+    if exact.keep == plan.keep:
+        return _Cut(distance(masked, given), effect, shapes)
+    error = distance(masked, outputs(apply(twin, exact), inputs, follow))
+    return _Cut(max(error, distance(outputs(apply(twin, plan), inputs, follow), given)), effect, shapes)
 
 
-def _run(function: Callable[[], Any]) -> list[Tensor]:
-    """The tensors that a run gives, with the same random numbers in every run."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return [as_double(tensor) for tensor in tensors_in(function())]
+def _shapes(
+    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis
+) -> tuple[list[Tensor], str]:
+    """What the cut model gives, and its first op whose shape is not as predicted; empty if none."""
+    recorder = Recorder(PythonCalls())
+    try:
+        given = outputs(smaller, inputs, analysis.decisions, lambda copy: recording(copy, recorder))
+    except RuntimeError as error:
+        return [], f"the cut model does not run: {str(error).splitlines()[0]}"
+    made, values = steps(recorder.calls), recorder.values
+    if not _same_ops(made, steps(analysis.trace.calls)):  # strides, which a cut changes, can lead to other ops
+        analysis, trace = analyse(capture(twin, inputs), twin), capture(smaller, inputs)
+        made, values = steps(trace.calls), trace.values
+    wanted = steps(analysis.trace.calls)
+    odd = first_odd(wanted, made, analysis, values, stays_of(plan, analysis))
+    more = "" if len(made) == len(wanted) else f"other ops than before the cut ({len(made)} instead of {len(wanted)})"
+    return given, odd[1] if odd else more
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Largest difference over all outputs, as a share of the largest value of that output; inf if shapes differ."""
-    if [t.shape for t in a] != [t.shape for t in b]:
-        return float("inf")
-    shares = [_share(x, y) for x, y in zip(a, b) if x.is_floating_point() and x.numel()]
-    return max(shares, default=0.0)
+def _same_ops(made: Steps, wanted: Steps) -> bool:
+    return [name for name, _ in made] == [name for name, _ in wanted]
 
 
-def _share(x: Tensor, y: Tensor) -> float:
-    scale = float(x.abs().nan_to_num(posinf=0.0).max()) or 1.0
-    off = float((x - y).abs().masked_fill(x == y, 0.0).max()) / scale  # infinity less infinity is not a number
-    return off if np.isfinite(off) else float("inf")
+@dataclass(frozen=True)
+class _Shuffles:
+    """The error of the shuffle, that of one with a slot left out, and the groups that are to blame for the first."""
+
+    error: float
+    control: float
+    guilty: tuple[str, ...]
 
 
-def _shake(model: nn.Module, seed: int) -> nn.Module:
-    """A copy in which tensors that are constant or nearly zero have random values, so that no check is vacuous."""
-    random = torch.Generator().manual_seed(seed)
-    new = {}
-    for name, tensor in tensors_of(model).items():
-        flat = tensor.detach().flatten()
-        if tensor.is_floating_point() and flat.numel() and (flat.max() == flat.min() or flat.abs().max() < 1e-3):
-            noise = torch.rand(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
-            new[name] = (tensor.detach() if flat.abs().max() >= 1e-3 else 0.5) + noise
-    return rebuild(model, new)
+def _shuffles(model: nn.Module, groups: Groups, inputs: Any, seed: int, decides: bool) -> _Shuffles:
+    """The first check and the second, on the shaken model; with its own decisions if there are any to follow."""
+    follow = analyse_run(model, inputs).decisions if decides else {}
+    before = outputs(model, inputs, follow)
 
+    def moves(**options: Any) -> float:
+        return distance(before, outputs(shuffled(model, groups, seed, **options), inputs, follow))
 
-def _control(
-    shaken: nn.Module, groups: Groups, seed: int, inputs: Any, before: Sequence[Tensor], permutation: float
-) -> float:
-    """The error of a shuffle with one slot left out: the first that matters, as some only feed what is not used."""
+    error = moves()
     slots = [slot for group in groups.groups if group.size > 1 for slot in group.slots]
     reads = [slot for slot in slots if slot.role == "read"] or slots
-    error = 0.0
-    for left_out in reads[:: max(1, len(reads) // CONTROLS)]:
-        error = max(error, _distance(before, _outputs(_shuffled(shaken, groups, seed, left_out), inputs)))
-        if stands_clear(error, permutation):
+    control = 0.0
+    for left_out in reads[:: max(1, len(reads) // CONTROLS)]:  # some slots only feed what is not used
+        control = max(control, moves(left_out=left_out))
+        if stands_clear(control, error):
             break
-    return error
+    guilty = () if error < TOLERANCE else _guilty(range(len(groups.groups)), lambda only: moves(only=only))
+    return _Shuffles(error, control, tuple(groups.groups[number].name for number in guilty))
 
 
-def _shuffled(model: nn.Module, groups: Groups, seed: int, left_out: Slot | None = None) -> nn.Module:
-    """A copy with the units of every group in another order; the slot `left_out` keeps the old order."""
-    random = np.random.default_rng(seed)
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-    new: dict[str, Tensor] = {}
-    for group in groups.groups:
-        order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
-        for slot in group.slots:
-            if slot is left_out:
-                continue
-            tensor = new.get(slot.tensor, tensors[slot.tensor])
-            new[slot.tensor] = tensor.index_select(slot.dim, _moved(group, slot.index, order, tensor, slot.dim))
-    return rebuild(model, new)
-
-
-def _moved(group: Group, index: Any, order: Any, tensor: Tensor, dim: int) -> Tensor:
-    places = np.asarray(index)
-    moved = np.arange(tensor.shape[dim])
-    moved[places.ravel()] = places[order].ravel()
-    return torch.from_numpy(moved).to(tensor.device)
-
-
-def _masked_against_cut(
-    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any
-) -> tuple[float, float]:
-    """(error, effect): cut against masked, and masked against uncut so that an empty plan shows.
-
-    Groups under a norm are left whole for this check, on both sides; `smaller` is then compared with the plan's cut.
-    """
-    whole = [tuple(range(group.size)) for group in plan.groups.groups]
-    exact = Plan(plan.groups, tuple(w if g.inexact else k for g, k, w in zip(plan.groups.groups, plan.keep, whole)))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        simulation = simulate(twin, exact, inputs)
-    masked = _run(lambda: run_masked(duplicate(twin), map_tensors(torch.clone, inputs), simulation))
-    given = _outputs(duplicate(smaller).eval(), inputs)
-    effect = _distance(_outputs(twin, inputs), masked)
-    if exact.keep == plan.keep:
-        return _distance(masked, given), effect
-    whole_error = _distance(masked, _outputs(apply(twin, exact), inputs))
-    return max(whole_error, _distance(_outputs(apply(twin, plan), inputs), given)), effect
-
-
-def _first_odd_shape(smaller: nn.Module, plan: Plan, analysis: Analysis, example_inputs: Any) -> str:
-    """The first op of the cut model whose output has another shape than predicted; empty if none."""
-    try:
-        trace = capture(smaller, example_inputs)
-    except CaptureError as error:
-        return str(error)
-    stays = survivors(plan.groups, plan.keep)
-    wanted, made = steps(analysis.trace.calls), steps(trace.calls)
-    if [name for name, _ in wanted] != [name for name, _ in made]:
-        return f"other ops than before the cut ({len(made)} instead of {len(wanted)})"
-    odd = (first_odd_output(a, b, analysis, trace.values, stays) for (_, a), (_, b) in zip(wanted, made))
-    return next((text for text in odd if text), "")
+def _guilty(suspects: Sequence[int], moves: Callable[[Sequence[int]], float]) -> tuple[int, ...]:
+    """The groups that move the output when they are shuffled without the others, found by halving."""
+    if moves(suspects) < TOLERANCE:
+        return ()
+    if len(suspects) == 1:
+        return tuple(suspects)
+    half = len(suspects) // 2
+    return (*_guilty(suspects[:half], moves), *_guilty(suspects[half:], moves))

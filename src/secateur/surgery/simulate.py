@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.allocate.plan import Plan
-from secateur.errors import PlanError, ProofError
+from secateur.errors import ProofError
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Trace, capture, duplicate, map_tensors, record, run
-from secateur.graph.probe import settle, survivors
+from secateur.graph.capture import Trace, map_tensors, record, run
+from secateur.graph.compare import Stays, survivors
+from secateur.graph.rebuild import share
 from secateur.graph.records import Slot
 from secateur.surgery.cut import check_fits
 
@@ -48,7 +47,7 @@ def mask(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[Callable
     True
     """
     check_fits(model, plan)
-    simulation = simulate(model, plan, example_inputs)
+    simulation = simulate(model, plan, analyse_run(model, example_inputs))
     classes = [(module, type(module)) for module in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
     see_heads(model.eval())
@@ -61,42 +60,35 @@ def mask(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[Callable
             module.__class__ = kind
 
 
-def analysis_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
-    """The analysis whose groups the plan is about; PlanError if this model on these inputs has others."""
-    check_fits(model, plan)
-    analysis = settle(model, example_inputs, capture(model, example_inputs))
-    if analysis.groups.groups != plan.groups.groups:
-        raise PlanError(
-            "the plan's groups are not those that the model has on these inputs. "
-            "Give the example inputs that the groups were found with, or find them anew."
-        )
-    return analysis
-
-
 @dataclass(frozen=True)
 class Simulation:
-    """A trace of the model on real tensors, and what its operands are multiplied with, by (call, operand)."""
+    """The trace of a run on real tensors, and what its operands are multiplied with, by (call, operand)."""
 
     trace: Trace
     zeroed: Mapping[tuple[int, int], Tensor]
 
 
-def simulate(model: nn.Module, plan: Plan, inputs: Any) -> Simulation:
-    """How to run the uncut model as the plan's cut.
+def analyse_run(model: nn.Module, inputs: Any) -> Analysis:
+    """The analysis of a run on real tensors: on fake ones, whose strides may differ, an op can take another path."""
+    twin = see_heads(share(model).eval())
+    return analyse(record(twin, map_tensors(torch.clone, inputs), fake=False), model)
 
-    The trace is of a real run: on fake tensors, whose strides may differ, an op can take another path. Its units are
-    found again by their places in the tensors.
-    """
-    twin = see_heads(duplicate(model).eval())
-    analysis = analyse(record(twin, map_tensors(torch.clone, inputs), fake=False), model)
+
+def simulate(model: nn.Module, plan: Plan, analysis: Analysis) -> Simulation:
+    """How to run the uncut model as the plan's cut, on inputs like those of the run that was analysed."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Simulation(analysis.trace, _zeroes(analysis, stays_of(plan, analysis), device))
+
+
+def stays_of(plan: Plan, analysis: Analysis) -> Stays:
+    """Which units of another analysis of the model stay; they are found again by their places in the tensors."""
     left = plan.groups.kept(plan.keep)
     kept = {(tensor, dim): set(places) for tensor, dims in left.items() for dim, places in dims.items()}
     keep = [
         [u for u in range(group.size) if all(_stays(slot, u, kept) for slot in group.slots)]
         for group in analysis.groups.groups
     ]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Simulation(analysis.trace, _zeroes(analysis, survivors(analysis.groups, keep), device))
+    return survivors(analysis.groups, keep)
 
 
 def _stays(slot: Slot, unit: int, kept: Mapping[tuple[str, int], set[int]]) -> bool:
@@ -104,7 +96,7 @@ def _stays(slot: Slot, unit: int, kept: Mapping[tuple[str, int], set[int]]) -> b
     return places is None or set(slot.index[unit]) <= places
 
 
-def _zeroes(analysis: Analysis, stays: NDArray[np.bool_], device: torch.device) -> dict[tuple[int, int], Tensor]:
+def _zeroes(analysis: Analysis, stays: Stays, device: torch.device) -> dict[tuple[int, int], Tensor]:
     """For each operand in which units end, where they stay."""
     out: dict[tuple[int, int], Tensor] = {}
     for contraction, block in analysis.contractions:
@@ -128,11 +120,11 @@ def _refs(trace: Trace, call: int) -> Iterator[int]:
 
 def run_masked(model: nn.Module, inputs: Any, simulation: Simulation) -> Any:
     """One forward pass with the operands zeroed; ProofError if the ops are not those of the simulation's trace."""
-    with _Zeroing(simulation):
+    with Zeroing(simulation):
         return run(model, inputs)
 
 
-class _Zeroing(TorchDispatchMode):
+class Zeroing(TorchDispatchMode):
     def __init__(self, simulation: Simulation) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trace, self._zeroed, self._index = simulation.trace, simulation.zeroed, 0
@@ -153,7 +145,10 @@ class _Zeroing(TorchDispatchMode):
             nonlocal position
             position += 1
             factor = self._zeroed.get((index, position))
-            return tensor if factor is None else tensor.masked_fill(~factor, 0)
+            if factor is None:
+                return tensor
+            # `masked_fill` would give other strides, on which the path of what follows may depend.
+            return tensor.clone(memory_format=torch.preserve_format).masked_fill_(~factor, 0)
 
         args, kwargs = map_tensors(change, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)

@@ -1,0 +1,98 @@
+"""Whether the ops of a cut model are as predicted: the same ops, the predicted shapes, the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.graph.analysis import Analysis, UnitBlock
+from secateur.graph.axes import refs_in
+from secateur.graph.capture import Call, Value, op_name
+from secateur.graph.records import Groups
+
+SIZED = frozenset(
+    """
+    view unsafe_view reshape reshape_alias expand slice split split_with_sizes unsafe_split chunk narrow repeat
+    constant_pad_nd zeros ones empty new_zeros new_ones new_empty convolution native_group_norm native_layer_norm
+    channel_shuffle native_channel_shuffle fused_rms_norm as_strided
+    """.split()
+)
+FILLED = frozenset(("full", "new_full"))
+"""Ops whose integers are sizes that a cut changes, and those that take a value besides."""
+
+Stays = NDArray[np.bool_]
+"""`[unit]` -> whether it stays; one entry more, at -1, for whatever is in no group."""
+
+Steps = Sequence[tuple[str, Call]]
+"""What `capture.steps` gives."""
+
+
+def survivors(groups: Groups, keep: Sequence[Sequence[int]]) -> Stays:
+    """Which units stay."""
+    stays = np.zeros(groups.offsets[-1] + 1, bool)
+    stays[-1] = True
+    for offset, units in zip(groups.offsets, keep):
+        stays[offset + np.asarray(units, np.int64)] = True
+    return stays
+
+
+def predicted_shape(shape: Sequence[int], blocks: Sequence[UnitBlock], stays: Stays) -> tuple[int, ...]:
+    """The shape of a value after a cut; -1 for the axes of a split that would not be a rectangle."""
+    out = list(shape)
+    for block in blocks:
+        left = stays[block.units]
+        for axis, dim in enumerate(block.dims):
+            others = tuple(a for a in range(left.ndim) if a != axis)
+            out[dim] = int(left.any(axis=others).sum())
+        if math.prod(out[d] for d in block.dims) != left.sum():
+            for dim in block.dims:
+                out[dim] = -1
+    return tuple(out)
+
+
+def first_odd(
+    wanted: Steps, made: Steps, analysis: Analysis, values: Sequence[Value], stays: Stays
+) -> tuple[int, str] | None:
+    """The first op that is not as predicted, and in what; None if all are.
+
+    Args:
+        wanted: of the trace that was analysed.
+        made: of the cut model, on `values`.
+    """
+    for index, (name, expected) in enumerate(wanted):
+        if index >= len(made) or made[index][0] != name:
+            done = made[index][1].where if index < len(made) else "the model stops"
+            return index, f"{done} instead of {expected.where}"
+        call = made[index][1]
+        odd = _odd_shape(expected, call, analysis, values, stays)
+        if odd:
+            return index, odd
+        if _constants(expected, analysis.trace.values) != _constants(call, values):
+            return index, f"{call.where} is given another number than before"
+    return None
+
+
+def _odd_shape(expected: Call, made: Call, analysis: Analysis, values: Sequence[Value], stays: Stays) -> str:
+    for want, got in zip(expected.outputs, made.outputs):
+        if want is not None and got is not None:
+            shape = predicted_shape(analysis.trace.values[want.id].shape, analysis.units_of(want), stays)
+            if values[got.id].shape != shape:
+                return f"{made.where} makes {values[got.id].shape}, predicted {shape}"
+    return ""
+
+
+def _constants(call: Call, values: Sequence[Value]) -> list[float]:
+    """The numbers that an op is given, other than sizes: one that a cut changes was computed from a size."""
+    given: list[Any] = [*call.args, *call.kwargs.values()]
+    if op_name(call) in FILLED:
+        given = [item for item in given if not isinstance(item, list | tuple)]
+    elif op_name(call) in SIZED:
+        given = []
+    inner = [part for item in given for part in (item if isinstance(item, list | tuple) else (item,))]
+    held = [values[ref.id].constant for ref in refs_in(given)]
+    numbers = [item for item in (*inner, *held) if isinstance(item, int | float)]
+    return [item for item in numbers if not math.isnan(item)]

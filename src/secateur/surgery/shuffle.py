@@ -1,0 +1,58 @@
+"""Units in another order: if the slots are right and complete, the model's output stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.graph.rebuild import share
+from secateur.graph.records import Group, Groups, Slot
+from secateur.score.scoring import tensors_of
+
+
+def shaken(model: nn.Module, seed: int) -> nn.Module:
+    """A copy in which tensors that are constant or nearly zero have random values.
+
+    Fresh batch norm, layer scale of 1e-6 and zero heads would hide a shuffle that is wrong.
+    """
+    random = torch.Generator().manual_seed(seed)
+    new = {}
+    for name, tensor in tensors_of(model).items():
+        flat = tensor.detach().flatten()
+        if tensor.is_floating_point() and flat.numel() and (flat.max() == flat.min() or flat.abs().max() < 1e-3):
+            noise = torch.rand(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
+            new[name] = (tensor.detach() if flat.abs().max() >= 1e-3 else 0.5) + noise
+    return share(model, new)
+
+
+def shuffled(
+    model: nn.Module, groups: Groups, seed: int, *, left_out: Slot | None = None, only: Collection[int] | None = None
+) -> nn.Module:
+    """A copy with the units of every group in another order.
+
+    Args:
+        left_out: a slot that keeps the old order, which makes the shuffle wrong.
+        only: shuffle these groups, by number, and no others.
+    """
+    random = np.random.default_rng(seed)
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    new: dict[str, Tensor] = {}
+    for number, group in enumerate(groups.groups):
+        order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
+        for slot in group.slots if only is None or number in only else ():
+            if slot is not left_out:
+                tensor = new.get(slot.tensor, tensors[slot.tensor])
+                places = _moved(group, slot.index, order, tensor.shape[slot.dim]).to(tensor.device)
+                new[slot.tensor] = tensor.index_select(slot.dim, places)
+    return share(model, new)
+
+
+def _moved(group: Group, index: Any, order: Any, size: int) -> Tensor:
+    places = np.asarray(index)
+    moved = np.arange(size)
+    moved[places.ravel()] = places[order].ravel()
+    return torch.from_numpy(moved)
