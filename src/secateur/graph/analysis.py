@@ -6,7 +6,7 @@ value of the trace the units along its axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from secateur.graph.axes import Contraction, Field, PythonInt, Step, refs_in
 from secateur.graph.capture import Ref, Trace
 from secateur.graph.decisions import Decision, numbered
+from secateur.graph.products import KERNEL
 from secateur.graph.records import Frozen, Group, Groups, Int, Size, Slot, TensorInfo
 from secateur.graph.replay import REPLAYABLE
-from secateur.graph.rules import KERNEL, rule_for
+from secateur.graph.rules import rule_for
 from secateur.graph.units import Ids, Solution
 
 ROLES = ("write", "read", "scale")
@@ -36,7 +37,8 @@ class UnitBlock:
 class Analysis:
     """The groups of a trace, the units on each of its values, and the places where units end.
 
-    `sizes[i]` are the numbers that the torch function `trace.python[i]` can be given anew.
+    `sizes[i]` are the numbers that the torch function `trace.python[i]` can be given anew; `guessed` are the (module,
+    attribute) that were found by their value and not by name.
     """
 
     trace: Trace
@@ -44,6 +46,7 @@ class Analysis:
     blocks: Mapping[int, tuple[UnitBlock, ...]]
     contractions: tuple[tuple[Contraction, UnitBlock], ...]
     sizes: Mapping[int, tuple[Size, ...]]
+    guessed: frozenset[tuple[str, str]]
 
     def units_of(self, ref: Ref) -> tuple[UnitBlock, ...]:
         return self.blocks.get(ref.id, ())
@@ -57,36 +60,52 @@ class Analysis:
         return numbered(self.trace.decisions, live)
 
 
-def analyse(trace: Trace, model: nn.Module, frozen: Sequence[tuple[int, str]] = ()) -> Analysis:
+def analyse(
+    trace: Trace,
+    model: nn.Module,
+    frozen: Sequence[tuple[int, str]] = (),
+    unbound: Collection[tuple[str, str]] = (),
+) -> Analysis:
     """Groups of a captured model.
 
     Args:
         trace: what `capture` recorded of `model` (or of its twin).
         model: read for its tensors' names and its modules' integers; not run.
         frozen: (value, reason): units on these values may not be cut, found out by the probe.
+        unbound: (module, attribute): integers that only happen to have the value of a count.
     """
     state = propagate(trace)
     for value, reason in frozen:
         for block in state.blocks.get(value, ()):
             state.units.freeze(block.ids, reason)
     solution = _rectangular(state)
-    units, groups = _form_groups(state, solution, model)
+    unread = _unread(state, solution)
+    if unread.size:  # such as the rest of a table of positions
+        state.units.freeze(unread, "no op reads these indices on the example inputs; on others it might")
+        solution = state.units.solve()
+    units, groups = _form_groups(state, solution, model, unbound)
     numbered = {
         ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
         for ref, blocks in state.blocks.items()
         if blocks
     }
     ends = tuple((c, UnitBlock(c.block.dims, units[solution.root[c.block.ids]])) for c in state.contractions)
-    return Analysis(trace, groups, numbered, ends, _find_sizes(trace, state.ints, solution, units))
+    guessed = frozenset(
+        (item.module, name)
+        for item in state.ints
+        if (name := _searched(model.get_submodule(item.module), item)) is not None
+    )
+    return Analysis(trace, groups, numbered, ends, _find_sizes(trace, state.ints, solution, units), guessed)
 
 
 def propagate(trace: Trace) -> Field:
     """Run every op's rule over the units."""
-    state = Field(trace.values)
+    arguments = {ref.id for call in trace.calls for ref in refs_in((call.args, call.kwargs))}
+    state = Field(trace.values, read=frozenset(arguments.union(ref.id for ref in trace.outputs)))
     for index, call in enumerate(trace.calls):
         step = Step(state, index, call)
         rule = rule_for(call)
-        if rule is not None and any(ref is not None for ref in call.outputs):
+        if rule is not None and not call.dead and any(ref is not None for ref in call.outputs):
             try:
                 rule(step)
             except (ValueError, IndexError, TypeError, AssertionError) as error:
@@ -99,7 +118,18 @@ def propagate(trace: Trace) -> Field:
 
 
 def _rectangular(state: Field) -> Solution:
-    """Solve; where a reshape split an axis and a cut could leave a ragged block, tie whole rows; solve again."""
+    """Solve; where a reshape split an axis and a cut could leave a ragged block, tie whole rows; solve again.
+
+    Where a view merged two axes, cuts follow the one along which its cells are alike, by default the outer.
+    """
+    for cells, outer, inner in state.merges:
+        solution = state.units.solve()
+        sides = [(cells, outer, inner), (cells.T, inner, outer)]
+        sides = [side for side in sides if not solution.frozen(solution.root[side[1]]).all()] or sides
+        alike = (side for side in sides if _alike(solution.root[side[0]]))
+        rows, followed, other = next(alike, sides[0])
+        state.units.unite(followed[:, None], rows)
+        state.units.freeze(other, "a view merges this axis with another, which is the one that can be cut")
     while True:
         solution = state.units.solve()
         ragged = [(ids, whole) for ids, whole in state.splits if not _is_rectangular(ids, whole, solution)]
@@ -109,6 +139,22 @@ def _rectangular(state: Field) -> Solution:
             axis = max((a for a in range(ids.ndim) if a != whole), key=lambda a: (ids.shape[a], -a))
             rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
             state.units.unite(rows[:, :1], rows)
+
+
+def _alike(rows: Ids) -> bool:
+    return bool((rows == rows[:, :1]).all())
+
+
+def _unread(state: Field, solution: Solution) -> Ids:
+    """Units on parameters, and on what is made of parameters only, that never meet a value nor end in a sum."""
+    met = [b.ids.ravel() for ref, blocks in state.blocks.items() if ref not in state.static for b in blocks]
+    met += [contraction.block.ids.ravel() for contraction in state.contractions]
+    seen = np.zeros(len(solution.root) + 1, bool)
+    for ids in met:
+        seen[solution.root[ids]] = True
+    held = [b.ids.ravel() for ref in state.static for b in state.blocks.get(ref, ())]
+    ids = np.concatenate([*held, np.empty(0, np.int64)])
+    return ids[~seen[solution.root[ids]] & ~solution.frozen(solution.root[ids])]
 
 
 def _is_rectangular(ids: Ids, whole: int | None, solution: Solution) -> bool:
@@ -122,7 +168,9 @@ def _is_rectangular(ids: Ids, whole: int | None, solution: Solution) -> bool:
     return bool(solution.frozen(roots).all())
 
 
-def _form_groups(state: Field, solution: Solution, model: nn.Module) -> tuple[Ids, Groups]:
+def _form_groups(
+    state: Field, solution: Solution, model: nn.Module, unbound: Collection[tuple[str, str]]
+) -> tuple[Ids, Groups]:
     """Units that touch the same axes, of tensors and of values on the way, form a group: they are interchangeable.
 
     Returns the number of each class as well.
@@ -150,7 +198,7 @@ def _form_groups(state: Field, solution: Solution, model: nn.Module) -> tuple[Id
     found = Groups(
         groups=tuple(groups),
         frozen=_frozen_axes(owners, solution, tensors),
-        ints=_find_ints(state.ints, solution, units, model),
+        ints=_find_ints(state.ints, solution, units, model, unbound),
         sizes=(),
         tensors=tuple(TensorInfo(n, tuple(t.shape), n in parameters) for n, t in tensors.items()),
     )
@@ -207,13 +255,19 @@ def _frozen_axes(
     return tuple(out)
 
 
-def _find_ints(ints: Sequence[PythonInt], solution: Solution, units: Ids, model: nn.Module) -> tuple[Int, ...]:
+def _find_ints(
+    ints: Sequence[PythonInt],
+    solution: Solution,
+    units: Ids,
+    model: nn.Module,
+    unbound: Collection[tuple[str, str]],
+) -> tuple[Int, ...]:
     """The module attribute that holds each integer, where there is exactly one."""
     found: dict[tuple[str, str, int | None], Int] = {}
     for item in ints:
         numbers = _by_row(units[solution.root[item.ids]])
         attribute = _attribute(model.get_submodule(item.module), item) if (numbers >= 0).any() else None
-        if attribute is not None:
+        if attribute is not None and (item.module, attribute[0]) not in unbound:
             key = (item.module, attribute[0], attribute[1])
             found.setdefault(key, Int(*key, item.value, tuple(numbers.tolist())))
     return tuple(found.values())
@@ -250,15 +304,24 @@ def _find_sizes(
 
 def _attribute(module: nn.Module, item: PythonInt) -> tuple[str, int | None] | None:
     """(name, position) of the attribute with this value: by name, or the only one that has it."""
+    held = _held(module, item)
+    named = next((name for name in item.names if name in held), None)
+    found = named or _searched(module, item)
+    return None if found is None else (found, item.position)
+
+
+def _searched(module: nn.Module, item: PythonInt) -> str | None:
+    """The only attribute with this value, where none has it by name."""
+    held = _held(module, item) if item.search else []
+    return held[0] if len(held) == 1 and held[0] not in item.names else None
+
+
+def _held(module: nn.Module, item: PythonInt) -> list[str]:
+    """The attributes with this value."""
 
     def same(held: object) -> bool:
         if isinstance(item.value, tuple):
             return isinstance(held, tuple | list) and tuple(held) == item.value
         return isinstance(held, int) and not isinstance(held, bool) and held == item.value
 
-    held = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
-    named = [name for name in item.names if same(held.get(name))]
-    others = [name for name, value in held.items() if same(value)] if item.search else []
-    if named or len(others) == 1:
-        return (named or others)[0], item.position
-    return None
+    return [name for name, value in vars(module).items() if not name.startswith("_") and same(value)]

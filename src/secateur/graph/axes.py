@@ -80,6 +80,8 @@ class Field:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     static: set[int] = field(default_factory=set)
     splits: list[tuple[Ids, int | None]] = field(default_factory=list)
+    merges: list[tuple[Ids, Ids, Ids]] = field(default_factory=list)
+    read: frozenset[int] = frozenset()
     free: set[int] = field(default_factory=set)
     slices: dict[int | None, int] = field(default_factory=dict)
 
@@ -206,7 +208,7 @@ class Step:
 
     def close(self) -> None:
         """Freeze every unit that came in and was neither carried on nor ended: the rule did not account for it."""
-        gone = [block.ids.ravel() for ref in self.operands for block in self.blocks(ref)]
+        gone = [block.ids.ravel() for ref in self.operands for block in self.blocks(ref) if not self.call.dead]
         if self.operands and all(ref.id in self.field.static for ref in self.operands):
             self.field.static.update(ref.id for ref in self.call.outputs if ref is not None)
         if not gone:
@@ -318,6 +320,18 @@ def _note_roles(step: Step, present: Sequence[tuple[Ref, list[Name]]], out: Sequ
         for block in step.blocks(ref):
             carried = any(row[dim] in out for dim in block.dims if row[dim] is not None)
             step.field.plays(block.ids, "scale" if not contracts else "write" if carried else "read")
+
+
+def letters(rank: int) -> list[Name]:
+    """A name for each of `rank` axes."""
+    return [f"d{i}" for i in range(rank)]
+
+
+def aligned(step: Step, ref: Ref) -> list[Name]:
+    """Names for the axes of an operand that is broadcast to the output: none for those that are repeated."""
+    shape, out = step.shape(ref), step.shape(step.output)
+    shift = len(out) - len(shape)
+    return [f"d{i + shift}" if n == out[i + shift] and n > 1 else None for i, n in enumerate(shape)]
 
 
 def spec(text: str) -> Rule:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType, ModuleType
@@ -50,7 +53,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor; `python` indexes `Trace.python`."""
+    """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor; `python` indexes `Trace.python`.
+
+    On what a `dead` call makes no output of the model depends: only its shape was asked for, if anything.
+    """
 
     op: torch._ops.OpOverload[Any, Any]
     args: tuple[Any, ...]
@@ -58,6 +64,7 @@ class Call:
     outputs: tuple[Ref | None, ...]
     module: str
     python: int | None = None
+    dead: bool = False
 
     @property
     def where(self) -> str:
@@ -79,7 +86,10 @@ class Trace:
     fake: bool
 
 
-COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy"))
+KEPT_CACHES = frozenset(("torch", "numpy", *sys.stdlib_module_names))
+"""Packages whose cached functions hold no results of a model."""
+
+COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy", "local_scalar_dense"))
 SAME = MappingProxyType(
     dict.fromkeys(("unsafe_view", "reshape", "reshape_alias"), "view")
     | dict.fromkeys(("split_with_sizes", "unsafe_split", "chunk"), "split")
@@ -162,8 +172,23 @@ def tensors_in(nested: Nested, inside: tuple[Any, ...] = ()) -> Iterator[Tensor]
 def run(model: nn.Module, example_inputs: Nested) -> Any:
     """One forward pass of `model`, without gradients, on inputs given as `as_arguments` reads them."""
     args, kwargs = as_arguments(example_inputs)
-    with torch.no_grad(), _slow_attention():
+    with torch.no_grad(), _slow_attention(), _empty_caches():
         return model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _empty_caches() -> Iterator[None]:
+    """Functions that cache their results hold none of ours afterwards, and none of an earlier run's meanwhile."""
+    kind = functools._lru_cache_wrapper
+    found = [item for item in gc.get_referrers(kind) if type(item) is kind]
+    caches = [item for item in found if str(item.__module__).partition(".")[0] not in KEPT_CACHES]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def capture(model: nn.Module, example_inputs: Nested) -> Trace:
@@ -315,9 +340,31 @@ class Recorder(TorchDispatchMode):
 
     def trace(self, outputs: Nested, fake: bool) -> Trace:
         refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
-        return Trace(
-            tuple(self._calls), tuple(self._values), refs, tuple(self.python.made), tuple(self._decisions), fake
-        )
+        calls = _without_life(self._calls, refs)
+        return Trace(calls, tuple(self._values), refs, tuple(self.python.made), tuple(self._decisions), fake)
+
+
+def _without_life(calls: Sequence[Call], outputs: Sequence[Ref]) -> tuple[Call, ...]:
+    """The calls, with those marked on which no output depends; one that writes in place, or tells Python, counts."""
+    needed = {ref.id for ref in outputs}
+    out = []
+    for call in reversed(calls):
+        made = [ref.id for ref in call.outputs if ref is not None]
+        dead = bool(made) and not call.op._schema.is_mutable and needed.isdisjoint(made)
+        if not dead:
+            needed.update(_refs((call.args, call.kwargs)))
+        out.append(dataclasses.replace(call, dead=dead) if dead else call)
+    return tuple(reversed(out))
+
+
+def _refs(nested: Any) -> Iterator[int]:
+    if isinstance(nested, Ref):
+        yield nested.id
+    elif isinstance(nested, tuple | list):
+        for item in nested:
+            yield from _refs(item)
+    elif isinstance(nested, dict):
+        yield from _refs(list(nested.values()))
 
 
 def _number(tensor: Tensor) -> float | None:

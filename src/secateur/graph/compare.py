@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ SIZED = frozenset(
 )
 FILLED = frozenset(("full", "new_full"))
 """Ops whose integers are sizes that a cut changes, and those that take a value besides."""
+
+PRODUCTS = frozenset(("einsum", "matmul", "__matmul__", "__rmatmul__", "tensordot", "linear", "bilinear"))
 
 Stays = NDArray[np.bool_]
 """`[unit]` -> whether it stays; one entry more, at -1, for whatever is in no group."""
@@ -57,23 +60,50 @@ def predicted_shape(shape: Sequence[int], blocks: Sequence[UnitBlock], stays: St
 def first_odd(
     wanted: Steps, made: Steps, analysis: Analysis, values: Sequence[Value], stays: Stays
 ) -> tuple[int, str] | None:
-    """The first op that is not as predicted, and in what; None if all are.
+    """The first op that is not as predicted, as its index in `wanted`, and in what; None if all are.
 
     Args:
         wanted: of the trace that was analysed.
         made: of the cut model, on `values`.
     """
-    for index, (name, expected) in enumerate(wanted):
-        if index >= len(made) or made[index][0] != name:
-            done = made[index][1].where if index < len(made) else "the model stops"
-            return index, f"{done} instead of {expected.where}"
-        call = made[index][1]
-        odd = _odd_shape(expected, call, analysis, values, stays)
-        if odd:
-            return index, odd
-        if _constants(expected, analysis.trace.values) != _constants(call, values):
-            return index, f"{call.where} is given another number than before"
-    return None
+    end, number = 0, -1
+    runs = list(_runs(made))
+    for number, run in enumerate(_runs(wanted)):
+        other = runs[number] if number < len(runs) else []
+        end += len(run)
+        if _names(run) != _names(other) and _is_product(run, analysis) and other:
+            run, other = run[-1:], [(run[-1][0], other[-1][1])]
+        for at, (name, expected) in enumerate(run):
+            if at >= len(other) or other[at][0] != name:
+                done = other[at][1].where if at < len(other) else "the model stops"
+                return end - len(run) + at, f"{done} instead of {expected.where}"
+            odd = _odd(expected, other[at][1], analysis, values, stays)
+            if odd:
+                return end - len(run) + at, odd
+    return None if number == len(runs) - 1 else (len(wanted) - 1, "the model goes on with other ops")
+
+
+def _runs(steps: Steps) -> Iterator[list[tuple[str, Call]]]:
+    """The ops of each torch function that Python called, together."""
+    return (list(run) for _, run in groupby(steps, key=lambda step: step[1].python))
+
+
+def _names(run: Steps) -> list[str]:
+    return [name for name, _ in run]
+
+
+def _is_product(run: Steps, analysis: Analysis) -> bool:
+    """Products of many axes are taken apart in another way where an axis has become 1 long; the result is the same."""
+    python = run[0][1].python
+    return python is not None and analysis.trace.python[python].function in PRODUCTS
+
+
+def _odd(expected: Call, made: Call, analysis: Analysis, values: Sequence[Value], stays: Stays) -> str:
+    if expected.dead:
+        return ""
+    if _constants(expected, analysis.trace.values) != _constants(made, values):
+        return f"{made.where} is given another number than before"
+    return _odd_shape(expected, made, analysis, values, stays)
 
 
 def _odd_shape(expected: Call, made: Call, analysis: Analysis, values: Sequence[Value], stays: Stays) -> str:

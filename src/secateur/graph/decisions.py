@@ -41,7 +41,9 @@ def name_of(func: Any) -> str:
 def decided(func: Any, args: Sequence[Any], outputs: Sequence[Any]) -> bool:
     """Whether the op made whole numbers, truths or numbers for Python from floating values."""
     name = name_of(func)
-    if any(part in name for part in CREATED) or func.namespace == "prim" or not any(tensor.is_floating_point() for tensor in _tensors(args)):
+    if any(part in name for part in CREATED) or func.namespace == "prim":
+        return False
+    if not any(tensor.is_floating_point() for tensor in _tensors(args)):
         return False
     if name in RANKED:
         return len(outputs) == 2

@@ -5,13 +5,12 @@ The one with an algorithm is `view`; the others are the op itself, carried out o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from secateur.graph.axes import Block, Step
-from secateur.graph.capture import Ref
+from secateur.graph.capture import Ref, op_name
 from secateur.graph.units import Ids
 
 
@@ -52,29 +51,6 @@ def squeeze(step: Step) -> None:
     gone = {d % rank for d in dims if step.shape(x)[d] == 1}
     kept = {old: new for new, old in enumerate(d for d in range(rank) if d not in gone)}
     step.carry(relabel(b, kept) for b in step.blocks(x))
-
-
-def expand(step: Step) -> None:
-    """expand: axes are aligned at the right, those of size 1 are repeated."""
-    x: Ref = step.arg(0)
-    shift = len(step.shape(step.output)) - len(step.shape(x))
-    blocks = [relabel(b, {d: d + shift for d in b.dims}) for b in step.blocks(x)]
-    old = (1,) * shift + step.shape(x)
-    blocks += [_copies(step, d, n) for d, n in enumerate(step.shape(step.output)) if old[d] == 1 < n]
-    for block in blocks:
-        sizes(step, block)
-    step.carry(blocks)
-
-
-def _copies(step: Step, dim: int, size: int) -> Block:
-    """An axis along which all is alike has units that nothing holds, free to go with whatever they meet."""
-    ids = step.units.fresh(size)
-    step.field.free.add(int(ids[0]))
-    return Block((dim,), ids)
-
-
-def _is_free(step: Step, block: Block) -> bool:
-    return int(block.ids.flat[0]) in step.field.free
 
 
 def slice_axis(step: Step) -> None:
@@ -246,88 +222,6 @@ def pad(step: Step) -> None:
     step.carry(blocks)
 
 
-def repeat(step: Step) -> None:
-    """repeat tiles the numbers as it tiles the data."""
-    x: Ref = step.arg(0)
-    times = step.arg(1)
-    shift = len(times) - len(step.shape(x))
-    blocks = []
-    for block in step.blocks(x):
-        moved = relabel(block, {d: d + shift for d in block.dims})
-        blocks.append(Block(moved.dims, np.tile(moved.ids, [times[d] for d in moved.dims])))
-    step.carry(blocks)
-
-
-def view(step: Step) -> None:
-    """view, reshape, flatten: old and new axes fall into segments of equal size; units follow their segment.
-
-    A segment that splits an axis gives one block of several axes; a segment that merges axes repeats each unit
-    for every index of the axes merged with it.
-    """
-    x: Ref = step.arg(0)
-    old, new = step.shape(x), step.shape(step.output)
-    if 0 in old:
-        return
-    parts = segments(old, new)
-    blocks = step.blocks(x)
-    out = []
-    for block in blocks:
-        own = [part for part in parts if set(part[0]) & set(block.dims)]
-        before = [d for part in own for d in part[0]]
-        after = [d for part in own for d in part[1]]
-        met = [other for other in blocks if other is not block and set(other.dims) & set(before)]
-        if met and (_is_free(step, block) or not all(_is_free(step, other) for other in met)):
-            continue  # Two axes with units merge into one: no number can stand for a pair; `close` freezes both.
-        sparse = block.ids.reshape([old[d] if d in block.dims else 1 for d in before])
-        ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])
-        out.append(_trim(Block(tuple(after), ids)))
-    for block in out:
-        if len(block.dims) > 1:
-            step.splits(block.ids)
-        sizes(step, block)
-    step.carry(out)
-
-
-def sizes(step: Step, block: Block) -> None:
-    """The sizes of an output's axes are integers that Python may have written down."""
-    shape = step.shape(step.output)
-    for axis, dim in enumerate(block.dims):
-        step.counts(np.moveaxis(block.ids, axis, 0), shape[dim], search=True, place=("size", dim))
-
-
-def _trim(block: Block) -> Block:
-    """Without the axes along which the units do not change."""
-    dims, ids = list(block.dims), block.ids
-    for axis in range(ids.ndim - 1, -1, -1):
-        first = np.take(ids, [0], axis=axis)
-        if ids.ndim > 1 and bool((ids == first).all()):
-            ids = np.take(ids, 0, axis=axis)
-            del dims[axis]
-    return Block(tuple(dims), ids)
-
-
-def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The finest pairing of runs of old axes with runs of new axes of the same size.
-
-    >>> segments((2, 12, 49), (2, 3, 4, 49))
-    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
-    """
-    out = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before, after = [i] if i < len(old) else [], [j] if j < len(new) else []
-        i, j = i + len(before), j + len(after)
-        while math.prod(old[d] for d in before) != math.prod(new[d] for d in after):
-            if math.prod(old[d] for d in before) < math.prod(new[d] for d in after):
-                before.append(i)
-                i += 1
-            else:
-                after.append(j)
-                j += 1
-        out.append((tuple(before), tuple(after)))
-    return out
-
-
 def pixel_shuffle(step: Step) -> None:
     """pixel_shuffle: r x r channels become one; they go together."""
     x: Ref = step.arg(0)
@@ -358,3 +252,27 @@ def channel_shuffle(step: Step) -> None:
         split_ids = ids.reshape(groups, -1)
         step.splits(split_ids)
         step.carry([Block((1,), split_ids.T.ravel())])
+
+
+def windows(step: Step) -> None:
+    """Tensor.unfold: (x, dim, size, step): windows along one axis, which is frozen; their insides become the last."""
+    x: Ref = step.arg(0)
+    dim = step.arg(1) % len(step.shape(x))
+    step.carry(block for block in step.blocks(x) if dim not in block.dims)
+
+
+def columns(step: Step) -> None:
+    """im2col: each channel becomes one for each place in the kernel; col2im: those go together and become one."""
+    x: Ref = step.arg(0)
+    at = len(step.shape(x)) - (3 if op_name(step.call) == "im2col" else 2)
+    ids = step.axis(x, at)
+    if ids is None:
+        return
+    after = step.shape(step.output)[at]
+    if after >= len(ids):
+        step.carry([Block((at,), np.repeat(ids, after // len(ids)))])
+        return
+    rows = ids.reshape(after, -1)
+    step.units.unite(rows[:, :1], rows)
+    step.contract(x, Block((at,), ids))
+    step.carry([Block((at,), rows[:, 0])])

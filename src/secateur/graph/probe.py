@@ -46,15 +46,19 @@ def settle(model: nn.Module, example_inputs: Any, trace: Trace) -> Analysis:
     """The analysis of `trace` with the calls to replay, and all that does not follow a cut frozen."""
     frozen: list[tuple[int, str]] = []
     replayed: set[int] = set()
+    unbound: set[tuple[str, str]] = set()
     while True:
-        analysis = analyse(trace, model, frozen)
+        analysis = analyse(trace, model, frozen, unbound)
         missed = False
         for seed in range(PLANS):
             if not missed and analysis.groups.groups:
                 probe = _probe(model, example_inputs, analysis, seed, replayed)
                 replayed |= _same_sites(model, trace, probe.replayed)
-                frozen += probe.freeze
-                missed = bool(probe.freeze)
+                missed = probe.odd is not None
+                if probe.odd is not None:
+                    guesses = _guesses(model, analysis, probe.odd.module) - unbound
+                    unbound |= guesses
+                    frozen += [] if guesses else probe.odd.freeze
         if not missed:
             sizes = tuple(size for call in sorted(replayed) for size in analysis.sizes.get(call, ()))
             return replace(analysis, groups=replace(analysis.groups, sizes=tuple(dict.fromkeys(sizes))))
@@ -70,12 +74,27 @@ def _same_sites(model: nn.Module, trace: Trace, calls: Collection[int]) -> set[i
     return {i for i, call in enumerate(trace.python) if site(call) in sites} if sites else set()
 
 
+def _guesses(model: nn.Module, analysis: Analysis, module: str) -> set[tuple[str, str]]:
+    """The attributes, of modules of this one's class, that were taken for a count because they have its value."""
+    kind = type(model.get_submodule(module))
+    bound = {(item.module, item.attribute) for item in analysis.groups.ints} & analysis.guessed
+    return {(path, name) for path, name in bound if type(model.get_submodule(path)) is kind}
+
+
+@dataclass(frozen=True)
+class Odd:
+    """An op that is not as predicted: its module, and (value, reason) to freeze."""
+
+    module: str
+    freeze: tuple[tuple[int, str], ...]
+
+
 @dataclass(frozen=True)
 class Probe:
-    """What one random plan showed: calls that had to be replayed, and (value, reason) to freeze; none if all is well."""
+    """What one random plan showed: calls that had to be replayed, and the first op that is odd even so."""
 
     replayed: frozenset[int]
-    freeze: tuple[tuple[int, str], ...]
+    odd: Odd | None
 
 
 def random_keep(groups: Groups, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -113,10 +132,10 @@ def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int,
         except Exception as stopped:
             error = f": {str(stopped).splitlines()[0]}" if str(stopped) else ""
     wanted = steps(trace.calls)
-    odd = first_odd(wanted, steps(recorder.calls), analysis, recorder.values, stays)
-    freeze = () if odd is None else _freeze_around(analysis, wanted, odd[0], stays, error)
+    found = first_odd(wanted, steps(recorder.calls), analysis, recorder.values, stays)
+    odd = found and Odd(wanted[found[0]][1].module, _freeze_around(analysis, wanted, found[0], stays, error))
     assert isinstance(recorder.python, _Replayer)
-    return Probe(frozenset(recorder.python.needed), freeze)
+    return Probe(frozenset(recorder.python.needed), odd)
 
 
 class _Replayer(PythonCalls):

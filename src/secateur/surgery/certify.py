@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import headwise, see_heads
-from secateur.graph.capture import Recorder, capture, map_tensors, recording, steps
-from secateur.graph.compare import Steps, first_odd
+from secateur.graph.capture import Call, Recorder, Value, capture, map_tensors, recording, steps
+from secateur.graph.compare import first_odd
 from secateur.graph.records import Groups
 from secateur.graph.replay import PythonCalls
 from secateur.surgery.cut import apply, check_fits
@@ -191,18 +191,16 @@ def _shapes(
         given = outputs(smaller, inputs, analysis.decisions, lambda copy: recording(copy, recorder))
     except RuntimeError as error:
         return [], f"the cut model does not run: {str(error).splitlines()[0]}"
-    made, values = steps(recorder.calls), recorder.values
-    if not _same_ops(made, steps(analysis.trace.calls)):  # strides, which a cut changes, can lead to other ops
-        analysis, trace = analyse(capture(twin, inputs), twin), capture(smaller, inputs)
-        made, values = steps(trace.calls), trace.values
-    wanted = steps(analysis.trace.calls)
-    odd = first_odd(wanted, made, analysis, values, stays_of(plan, analysis))
-    more = "" if len(made) == len(wanted) else f"other ops than before the cut ({len(made)} instead of {len(wanted)})"
-    return given, odd[1] if odd else more
+    odd = _first_odd(recorder.calls, recorder.values, plan, analysis)
+    if odd:  # strides, which a cut changes and fake tensors may not have, can lead to other ops
+        trace = capture(smaller, inputs)
+        odd = _first_odd(trace.calls, trace.values, plan, analyse(capture(twin, inputs), twin))
+    return given, odd
 
 
-def _same_ops(made: Steps, wanted: Steps) -> bool:
-    return [name for name, _ in made] == [name for name, _ in wanted]
+def _first_odd(calls: Sequence[Call], values: Sequence[Value], plan: Plan, analysis: Analysis) -> str:
+    odd = first_odd(steps(analysis.trace.calls), steps(calls), analysis, values, stays_of(plan, analysis))
+    return odd[1] if odd else ""
 
 
 @dataclass(frozen=True)

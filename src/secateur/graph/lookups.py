@@ -1,0 +1,78 @@
+"""Rules of the ops that look values up by index, rank or place: the axis looked up along is frozen."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.graph import moves
+from secateur.graph.axes import Block, Name, Step, equate
+from secateur.graph.capture import Ref
+
+
+def embedding(step: Step) -> None:
+    """(weight, indices): the width is carried to the last axis; the vocabulary is looked up, so it is frozen."""
+    width = step.axis(step.arg(0), 1)
+    if width is not None:
+        step.field.plays(width, "write")
+        step.carry([Block((len(step.shape(step.output)) - 1,), width)])
+        step.counts(width, len(width), "embedding_dim")
+
+
+def index(step: Step) -> None:
+    """x[..., i, j, ...] with tensors of indices: the axes they pick from are frozen."""
+    x: Ref = step.arg(0)
+    picks: list[Ref | None] = list(step.arg(1))
+    used = [d for d, pick in enumerate(picks) if pick is not None]
+    chosen = [pick for pick in picks if pick is not None]
+    if not chosen or any(step.field.values[ref.id].dtype == torch.bool for ref in chosen):
+        return  # what a mask leaves is not known before it is computed
+    grown = max(len(step.shape(ref)) for ref in chosen)
+    kept = [d for d in range(len(step.shape(x))) if d not in used]
+    # Indices side by side put the new axes in their place, others put them first, as in numpy.
+    first = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
+    place = {d: i + grown * (i >= first) for i, d in enumerate(kept)}
+    step.carry(moves.relabel(b, place) for b in step.blocks(x) if not set(b.dims) & set(used))
+
+
+def index_select(step: Step) -> None:
+    """(x, dim, index): the axis it picks from is frozen."""
+    _carry_but(step, step.arg(1))
+
+
+def gather(step: Step) -> None:
+    """gather, scatter: (x, dim, index[, source]): along the other axes, each index looks at its own place."""
+    out = step.shape(step.output)
+    dim = step.arg(1) % len(out)
+    names: list[list[Name]] = [
+        [f"d{i}" if n == out[i] and i != dim else None for i, n in enumerate(step.shape(ref))] for ref in step.operands
+    ]
+    equate(step, step.operands, names, [f"d{i}" if i != dim else None for i in range(len(out))])
+
+
+def ranked(step: Step) -> None:
+    """topk, sort and their like: the axis that is ranked is frozen."""
+    schema = [argument.name for argument in step.call.op._schema.arguments]
+    _carry_but(step, step.arg(schema.index("dim"), "dim", -1))
+
+
+def _carry_but(step: Step, dim: int) -> None:
+    """Carry all axes to all outputs, except `dim`."""
+    x: Ref = step.arg(0)
+    kept = [block for block in step.blocks(x) if dim % len(step.shape(x)) not in block.dims]
+    for output in range(len(step.call.outputs)):
+        step.carry(kept, output=output)
+
+
+def sampled(step: Step) -> None:
+    """roi_align, roi_pool, grid_sample: (x, places): channels are carried, and boxes or grid positions are not cut."""
+    x: Ref = step.arg(0)
+    kept = [block for block in step.blocks(x) if block.dims == (1,)]
+    for output in range(len(step.call.outputs)):
+        step.carry(kept, output=output)
+
+
+def triangle(step: Step) -> None:
+    """tril, triu: the last two axes are compared by place, so they are frozen."""
+    x: Ref = step.arg(0)
+    rank = len(step.shape(x))
+    step.carry(block for block in step.blocks(x) if max(block.dims) < rank - 2)
