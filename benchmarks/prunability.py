@@ -1,33 +1,42 @@
-"""Which models can be cut, proven, and by how much: one row per torchvision or timm model, with the peer beside it.
+"""Which models can be cut, proven, and by how much: one row per model of a library, with the peer beside it.
 
-    python benchmarks/prunability.py --source torchvision --out prunability.jsonl
-    python benchmarks/prunability.py --source timm --names resnet18 vit_tiny_patch16_224 --peer
-    python benchmarks/prunability.py --table prunability.jsonl > docs/prunability.md
+    python benchmarks/prunability.py --source torchvision --peer --out torchvision.jsonl
+    python benchmarks/prunability.py --source timm --families --out timm.jsonl
+    python benchmarks/prunability.py --source transformers --names llama swin --out transformers.jsonl
+    python benchmarks/prunability.py --table torchvision.jsonl
 
 Every model runs in a process of its own with a time limit; rows that are in the file already are not run again. Ours:
 find the groups, cut half of every group, and separately certify a random plan with another share for each group.
-Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The peer is
-Torch-Pruning as its users call it: L2 magnitude, ratio 0.5, the last classifier ignored; "runs" is all that it claims.
+Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The tier is
+(a) if only attributes follow the cut, (b) if calls are replayed or attention is headwise. Seconds and memory are those
+of finding and cutting; memory beyond the model, as a share of the model. The peer is Torch-Pruning as its users call
+it: L2 magnitude, ratio 0.5, the last classifier ignored; "runs" is all that it claims.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import statistics
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 120
+from models import build, names
+
+LIMIT_S = 300
+BARE = 1 << 20
+"""Models smaller than this many bytes are too small for a share of memory to mean anything."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=("torchvision", "timm"), default="torchvision")
+    parser.add_argument("--source", choices=("torchvision", "timm", "transformers"), default="torchvision")
+    parser.add_argument("--families", action="store_true", help="of timm, one model of each architecture module")
     parser.add_argument("--names", nargs="*", help="models; default: all float models of the source")
     parser.add_argument("--out", type=Path, default=Path("prunability.jsonl"))
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning on the same models as well")
@@ -40,19 +49,8 @@ def main() -> None:
     elif options.table:
         print(markdown(read(options.table)))
     else:
-        names = options.names or all_names(options.source)
-        sweep(options.source, names, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit)
-
-
-def all_names(source: str) -> list[str]:
-    """Every float model that the source builds."""
-    if source == "timm":
-        import timm
-
-        return list(timm.list_models())
-    import torchvision
-
-    return [name for name in torchvision.models.list_models() if not name.startswith("quantized")]
+        chosen = options.names or (families() if options.families else names(options.source))
+        sweep(options.source, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit)
 
 
 def sweep(source: str, names: list[str], who: tuple[str, ...], out: Path, limit: int) -> None:
@@ -92,72 +90,67 @@ def measure_one(who: str, source: str, name: str) -> dict[str, Any]:
     model, inputs = build(source, name)
     model.eval()
     before = sum(p.numel() for p in model.parameters())
-    start = time.perf_counter()
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     row = ours(model, inputs) if who == "ours" else peer(model, inputs)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds = row.pop("seconds", time.perf_counter() - start)
-    return {"who": who, "name": name, "before": before, "seconds": seconds, "peak_mib": memory, **row}
+    return {"who": who, "source": source, "name": name, "before": before, "bytes": size, **row}
 
 
-def build(source: str, name: str) -> tuple[Any, Any]:
-    """The model with random weights, and inputs for it."""
-    import torch
+def families() -> list[str]:
+    """One model of each of timm's architecture modules: the one whose name says that it is small."""
+    import timm
 
-    if source == "timm":
-        import timm
+    small = "atto femto pico nano xxtiny xxs tiny mini micro small lite 18 _s b0".split()
 
-        model = timm.create_model(name)
-        return model, torch.randn(1, *model.pretrained_cfg["input_size"])
-    import torchvision
+    def size(name: str) -> tuple[int, int, str]:
+        return next((i for i, word in enumerate(small) if word in name), len(small)), len(name), name
 
-    kwargs = {"weights_backbone": None} if any(part in name for part in ("rcnn", "fcos", "ssd", "retina")) else {}
-    kwargs |= {"weights_backbone": None} if any(part in name for part in ("deeplab", "fcn_", "lraspp")) else {}
-    kwargs |= {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, weights=None, **kwargs)
-    return model, torchvision_inputs(name)
+    return [min(timm.list_models(module=module), key=size) for module in timm.list_modules()]
 
 
-def torchvision_inputs(name: str) -> Any:
-    import torch
+def reset_peak() -> int:
+    """Forget the peak of this process's memory so far; what it holds now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
 
-    if name.startswith("raft"):
-        return torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128)
-    if any(part in name for part in ("rcnn", "fcos", "ssd", "retinanet")):
-        return ([torch.rand(3, 320, 320)],)
-    if name.startswith(("r3d", "mc3", "r2plus1d", "s3d")):
-        return torch.randn(1, 3, 14, 224, 224) if name == "s3d" else torch.randn(1, 3, 8, 112, 112)
-    if name.startswith("mvit"):
-        return torch.randn(1, 3, 16, 224, 224)
-    if name.startswith("swin3d"):
-        return torch.randn(1, 3, 8, 64, 64)
-    side = 299 if name == "inception_v3" else 224
-    return torch.randn(1, 3, side, side)
+
+def _memory(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def ours(model: Any, inputs: Any) -> dict[str, Any]:
-    """Groups, half of each cut, and the certificate of a random plan; seconds are those of finding and cutting."""
+    """Groups, half of each cut, and the certificate of a random plan."""
+    import torch
+
     import secateur as sc
     from secateur.graph.probe import random_keep
 
-    start = time.perf_counter()
+    sc.find_groups(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)), torch.zeros(1, 2))  # imports
+    held, start = reset_peak(), time.perf_counter()
     groups = sc.find_groups(model, inputs)
     plan = sc.allocate(sc.score(model, groups, sc.Magnitude(2)), sc.Uniform(0.5))
     smaller = sc.apply(model, plan)
-    seconds = time.perf_counter() - start
-    after = sum(p.numel() for p in smaller.parameters())
+    row = {"seconds": time.perf_counter() - start, "memory": _memory("VmHWM") - held}
+    row["after"] = sum(p.numel() for p in smaller.parameters())
+    headwise = any(type(module).__name__ == "HeadwiseAttention" for module in smaller.modules())
+    row["tier"] = "b" if groups.sizes or headwise else "a"
     del smaller
     if not groups.groups:
-        return {"outcome": "frozen", "after": after, "seconds": seconds, "note": groups.frozen[0].reason}
+        return {**row, "outcome": "frozen", "note": groups.frozen[0].reason}
     uneven = sc.Plan(groups, random_keep(groups, 11))
     certificate = sc.certify(model, sc.apply(model, uneven), uneven, inputs)
     return {
+        **row,
         "outcome": "certified" if certificate.ok else "runs",
-        "after": after,
-        "seconds": seconds,
         "prunable": certificate.prunable_share,
         "error": max(certificate.permutation_error, certificate.masked_error),
+        "control": certificate.control_error,
+        "effect": certificate.masked_effect,
+        "inexact": len(certificate.inexact),
+        "groups": len(groups.groups),
         "replayed": len(groups.sizes),
         "note": "" if certificate.ok else certificate.sentence,
+        "frozen": dict(Counter(f.reason for f in groups.frozen).most_common(6)),
     }
 
 
@@ -167,15 +160,17 @@ def peer(model: Any, inputs: Any) -> dict[str, Any]:
     import torch_pruning as tp
 
     last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1:]
-    start = time.perf_counter()
+    held, start = reset_peak(), time.perf_counter()
     pruner = tp.pruner.MagnitudePruner(
         model, inputs, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=last
     )
     pruner.step()
     seconds = time.perf_counter() - start
+    memory = _memory("VmHWM") - held
     with torch.no_grad():
-        model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return {"outcome": "runs", "after": sum(p.numel() for p in model.parameters()), "seconds": seconds}
+        model(*inputs) if isinstance(inputs, tuple) else model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    after = sum(p.numel() for p in model.parameters())
+    return {"outcome": "runs", "after": after, "seconds": seconds, "memory": memory}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -185,22 +180,51 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The results as a table, ours and the peer's side by side."""
+    """The results as a summary and a table, ours and the peer's side by side."""
     by_who = {who: {row["name"]: row for row in rows if row["who"] == who} for who in ("ours", "peer")}
     lines = [
-        "| model | outcome | prunable | removed at half | largest error | find + cut, s | MiB | peer | removed | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *summary(list(by_who["ours"].values()), by_who["peer"]),
+        "",
+        "| model | outcome | tier | prunable | removed at half | largest error | s | memory | peer | removed | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in by_who["ours"].items():
         other = by_who["peer"].get(name, {})
         error = f"{row['error']:.0e}" if "error" in row else "-"
         cells = [
-            name, row["outcome"], _share(row.get("prunable")), _removed(row), error, f"{row['seconds']:.1f}",
-            f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-", other.get("outcome", "-"), _removed(other),
-            f"{other['seconds']:.1f}" if other else "-",
+            name, row["outcome"], row.get("tier", "-"), _share(row.get("prunable")), _removed(row), error,
+            f"{row['seconds']:.1f}", _times(row), other.get("outcome", "-"), _removed(other),
+            f"{other['seconds']:.1f}" if "after" in other else "-",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def summary(ours: list[dict[str, Any]], peer: dict[str, dict[str, Any]]) -> list[str]:
+    """What the rows add up to, a line each."""
+    count = Counter(row["outcome"] for row in ours)
+    certified = [row for row in ours if row["outcome"] == "certified"]
+    lines = ["- " + ", ".join(f"{n} {outcome}" for outcome, n in count.most_common()) + f", of {len(ours)}"]
+    if certified:
+        wide = sum(row["prunable"] >= 0.9 for row in certified)
+        removed = statistics.median(1 - row["after"] / row["before"] for row in certified)
+        tiers = Counter(row["tier"] for row in certified)
+        large = [row["memory"] / row["bytes"] for row in certified if row["bytes"] > BARE]
+        lines += [
+            f"- at least 90 % prunable: {wide}; median removed at half: {100 * removed:.1f} %; "
+            f"largest error: {max(row['error'] for row in certified):.0e}",
+            f"- tier (a): {tiers['a']}, tier (b): {tiers['b']}",
+            f"- seconds: median {statistics.median(r['seconds'] for r in certified):.1f}, "
+            f"most {max(r['seconds'] for r in certified):.1f}; memory beyond the model, as a share of it: "
+            + (f"median {statistics.median(large):.2f}, most {max(large):.2f}" if large else "-"),
+        ]
+    both = [(row["seconds"], peer[row["name"]]["seconds"]) for row in certified if "after" in peer.get(row["name"], {})]
+    if peer:
+        lines.append(f"- the peer runs on {sum('after' in row for row in peer.values())} of {len(peer)}")
+    if both:
+        ratio = statistics.median(mine / theirs for mine, theirs in both)
+        lines.append(f"- seconds, ours over the peer's, median of the {len(both)} where both work: {ratio:.2f}")
+    return lines
 
 
 def _share(value: float | None) -> str:
@@ -209,6 +233,10 @@ def _share(value: float | None) -> str:
 
 def _removed(row: dict[str, Any]) -> str:
     return _share(1 - row["after"] / row["before"]) if "after" in row else "-"
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f"{row['memory'] / row['bytes']:.2f}x" if "memory" in row else "-"
 
 
 if __name__ == "__main__":

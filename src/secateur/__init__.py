@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.allocate.sparsity_guided import SparsityGuided
     from secateur.allocate.threshold import global_threshold
     from secateur.allocate.uniform import Uniform
+    from secateur.codec.program import Program, load_program
     from secateur.errors import SecateurError
     from secateur.graph.groups import find_groups
     from secateur.graph.records import Groups
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.measure.measurement import Measurement, measure
     from secateur.measure.params import count_params, file_bytes
     from secateur.measure.sparsity import SparsityTable, sparsity
-    from secateur.recipe.folder import load
+    from secateur.recipe.folder import load, save
     from secateur.recipe.reading import read_recipe
     from secateur.recipe.run import resume, run
     from secateur.recipe.schema import Recipe
@@ -38,9 +39,13 @@ if TYPE_CHECKING:
     from secateur.score.random import Random
     from secateur.score.scoring import Scores, score
     from secateur.surgery.certify import Certificate, certify
-    from secateur.surgery.cut import apply
+    from secateur.surgery.cut import Cut, apply
+    from secateur.surgery.export import Exported, export_program
     from secateur.surgery.masks import Masks, find_masks
+    from secateur.surgery.simplification import Simplification
+    from secateur.surgery.simplify import simplify
     from secateur.surgery.simulate import mask
+    from secateur.surgery.tier import tier_of
     from secateur.zoo.data import Data, load_data
     from secateur.zoo.images import Images
     from secateur.zoo.models import build_model
@@ -50,7 +55,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Accuracy",
     "Certificate",
+    "Cut",
     "Data",
+    "Exported",
     "Groups",
     "History",
     "Images",
@@ -60,11 +67,13 @@ __all__ = [
     "Masks",
     "Measurement",
     "Plan",
+    "Program",
     "Random",
     "Recipe",
     "RunRecord",
     "Scores",
     "SecateurError",
+    "Simplification",
     "SparsityGuided",
     "SparsityTable",
     "Stage",
@@ -78,6 +87,7 @@ __all__ = [
     "compare_latency",
     "count_macs",
     "count_params",
+    "export_program",
     "file_bytes",
     "find_groups",
     "find_masks",
@@ -86,13 +96,17 @@ __all__ = [
     "latency",
     "load",
     "load_data",
+    "load_program",
     "mask",
     "measure",
     "read_recipe",
     "resume",
     "run",
+    "save",
     "score",
+    "simplify",
     "sparsity",
+    "tier_of",
     "write_page",
 ]
 
@@ -102,6 +116,7 @@ _HOMES = MappingProxyType(
         "allocate.sparsity_guided": ("SparsityGuided",),
         "allocate.threshold": ("global_threshold",),
         "allocate.uniform": ("Uniform",),
+        "codec.program": ("Program", "load_program"),
         "errors": ("SecateurError",),
         "graph.groups": ("find_groups",),
         "graph.records": ("Groups",),
@@ -111,7 +126,7 @@ _HOMES = MappingProxyType(
         "measure.measurement": ("Measurement", "measure"),
         "measure.params": ("count_params", "file_bytes"),
         "measure.sparsity": ("SparsityTable", "sparsity"),
-        "recipe.folder": ("load",),
+        "recipe.folder": ("load", "save"),
         "recipe.reading": ("read_recipe",),
         "recipe.run": ("resume", "run"),
         "recipe.schema": ("Recipe",),
@@ -123,9 +138,13 @@ _HOMES = MappingProxyType(
         "score.magnitude": ("Magnitude",),
         "score.random": ("Random",),
         "surgery.certify": ("Certificate", "certify"),
-        "surgery.cut": ("apply",),
+        "surgery.cut": ("Cut", "apply"),
+        "surgery.export": ("Exported", "export_program"),
         "surgery.masks": ("Masks", "find_masks"),
+        "surgery.simplification": ("Simplification",),
+        "surgery.simplify": ("simplify",),
         "surgery.simulate": ("mask",),
+        "surgery.tier": ("tier_of",),
         "zoo.data": ("Data", "load_data"),
         "zoo.images": ("Images",),
         "zoo.models": ("build_model",),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from timm.optim import Adafactor
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import Tensor, nn, optim
 from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 import networks
 from secateur.allocate.plan import Plan, allocate
@@ -214,3 +220,172 @@ def test_seed_of_the_certificate_changes_the_shuffle() -> None:
     plan = Plan(groups, tuple((0,) for _ in groups.groups))
     errors = {certify(model, apply(model, plan), plan, net.inputs(), seed=s).control_error for s in (0, 1)}
     assert len(errors) == 2
+
+
+def residual() -> tuple[nn.Module, Tensor, Plan]:
+    net, groups = FOUND[BY_NAME.index("Residual")]
+    return networks.build(net), net.inputs(), Plan(groups, ((0, 2, 5), (1, 3)))
+
+
+def stepped(optimizer: optim.Optimizer, model: nn.Module, x: Tensor) -> optim.Optimizer:
+    model(x).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_a_cut_holds_what_was_given() -> None:
+    model, _, plan = residual()
+    optimizer, ema = optim.SGD(model.parameters(), 0.1), AveragedModel(model)
+    assert isinstance(apply(model, plan), type(model))
+    alone, average, both = (
+        apply(model, plan, optimizer=optimizer),
+        apply(model, plan, ema=ema),
+        apply(model, plan, optimizer=optimizer, ema=ema),
+    )
+    assert alone.ema is None
+    assert average.optimizer is None
+    assert [type(part) for part in (both.model, both.optimizer, both.ema)] == [type(model), optim.SGD, AveragedModel]
+    assert both.optimizer.param_groups[0]["params"] == list(both.model.parameters())
+    optimizer.network = model
+    assert (known := apply(model, plan, optimizer=optimizer)).optimizer.network is known.model
+
+
+def test_tied_weights_have_one_state_and_one_average() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)), torch.randn(2, 3)
+    model[2].weight = model[1].weight
+    optimizer = stepped(optim.Adam(model.parameters()), model, x)
+    cut = apply(model, Plan(find_groups(model, x), ((0, 4),)), optimizer=optimizer, ema=AveragedModel(model))
+    assert cut.model[1].weight is cut.model[2].weight
+    assert cut.ema.module[1].weight is cut.ema.module[2].weight
+    held = optimizer.state[model[1].weight]["exp_avg"]
+    assert torch.equal(cut.optimizer.state[cut.model[2].weight]["exp_avg"], held[[0, 4]][:, [0, 4]])
+    assert len(cut.optimizer.state) == len(list(model.parameters())) == 7
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, AveragedModel, ModelEmaV2, ModelEmaV3, "deeper", "double"])
+def test_an_average_is_found_wherever_it_lies(make: object) -> None:
+    model, x, plan = residual()
+    special = {
+        "deeper": lambda m: AveragedModel(nn.Sequential(m)),
+        "double": lambda m: ModelEmaV3(m, dtype=torch.float64),
+    }
+    ema = special[make](model) if isinstance(make, str) else make(model)
+    with torch.no_grad():
+        for parameter in ema.parameters():
+            parameter.mul_(2)
+    before = copy.deepcopy(ema.state_dict())
+    cut = apply(model, plan, ema=ema)
+    assert type(cut.ema) is type(ema)
+    small = dict(cut.model.named_parameters())
+    for name, parameter in cut.ema.named_parameters():
+        own = name.removeprefix("module.").removeprefix("0.")
+        assert torch.equal(parameter.float(), 2 * small[own])
+    update = getattr(cut.ema, "update", getattr(cut.ema, "update_parameters", None))
+    if update is not None and make != "deeper":
+        update(cut.model)
+    assert cut.ema(x.to(next(ema.parameters()).dtype)).isfinite().all()
+    assert all(torch.equal(before[name], tensor) for name, tensor in ema.state_dict().items())
+
+
+def test_an_average_that_knows_the_model_knows_the_cut_one() -> None:
+    class Online(nn.Module):
+        def __init__(self, model: nn.Module, registered: bool) -> None:
+            super().__init__()
+            self.averaged, self.listed = copy.deepcopy(model), [model]
+            if registered:
+                self.online = model
+
+    model, _, plan = residual()
+    for registered in (False, True):
+        cut = apply(model, plan, ema=Online(model, registered))
+        assert cut.ema.listed[0] is cut.model
+        assert cut.ema.averaged.a.weight.shape == cut.model.a.weight.shape
+        assert cut.ema.averaged.a.weight is not cut.model.a.weight
+        assert not registered or cut.ema.online is cut.model
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), {"a": torch.ones(2)}, "the model", "a cut one"])
+def test_an_average_of_another_model_is_refused(other: object) -> None:
+    model, _, plan = residual()
+    ema = {"the model": model, "a cut one": apply(model, plan)}[other] if isinstance(other, str) else other
+    with pytest.raises(PlanError, match=r"the ema given \(\w+\) holds no copy of the model"):
+        apply(model, plan, ema=ema)
+
+
+class Shampoo(optim.SGD):
+    """Keeps a square matrix for each axis of a weight, as Gupta et al. do; some have the shape of a square weight."""
+
+    def step(self, closure: object = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["of rows"] = torch.eye(len(parameter))
+            self.state[parameter]["sides"] = [torch.eye(n) for n in parameter.shape]
+
+
+class Fisher(optim.SGD):
+    def step(self, closure: object = None) -> None:
+        self.means = {"activations": [torch.ones(3)]}
+
+
+class Whole(optim.SGD):
+    def step(self, closure: object = None) -> None:
+        self.state["all"]["gradient"] = torch.ones(7)
+
+
+factored = functools.partial(Adafactor, lr=0.1, min_dim_size_to_factor=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (optim.Adafactor, r"the optimizer Adafactor keeps 'row_var' of shape \(8, 3, 3, 1\) for stem.weight of shape"),
+        (factored, r"the optimizer Adafactor keeps 'exp_avg_sq_row' of shape \(8, 3, 3\) for stem.weight of shape"),
+        (Shampoo, r"the optimizer Shampoo keeps 'of rows' of shape \(8, 8\) for stem.weight of shape \(8, 3, 3, 3\)"),
+        (Whole, r"keeps 'gradient' of shape \(7,\) for all parameters; what is not kept for each weight"),
+        (Fisher, r"the optimizer Fisher keeps a tensor of shape \(3,\) in means, and nothing says"),
+    ],
+)
+def test_a_state_that_is_not_by_weight_is_refused(make: Callable[[Any], optim.Optimizer], sentence: str) -> None:
+    model, x, plan = residual()
+    optimizer = stepped(make(model.parameters()), model, x)
+    with pytest.raises(PlanError, match=sentence):
+        apply(model, plan, optimizer=optimizer)
+
+
+def test_a_square_matrix_is_not_taken_for_a_weight() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(2, 4)
+    groups = find_groups(model, x)
+    plan = Plan(groups, (tuple(range(6)), (0, 1), tuple(range(6))))
+    optimizer = stepped(Shampoo(model[1:].parameters()), model, x)
+    with pytest.raises(PlanError, match=r"keeps 'of rows' of shape \(6, 6\) for 1.weight of shape \(6, 6\)"):
+        apply(model, plan, optimizer=optimizer)
+
+
+def test_a_state_of_weights_that_stay_whole_is_copied_whatever_it_is() -> None:
+    model, x, plan = residual()
+    optimizer = stepped(optim.Adafactor(model.head.parameters()), model, x)
+    whole = Plan(plan.groups, (tuple(range(8)), (1, 3)))
+    new = apply(model, whole, optimizer=optimizer)
+    held = new.optimizer.state[new.model.head.weight]
+    assert torch.equal(held["row_var"], optimizer.state[model.head.weight]["row_var"])
+    assert held["row_var"] is not optimizer.state[model.head.weight]["row_var"]
+
+
+def test_optimizers_that_cannot_be_carried_are_refused() -> None:
+    model, x, plan = residual()
+    for done in (False, True):
+        optimizer = optim.LBFGS(model.parameters())
+        if done:
+            optimizer.step(lambda: model(x).square().sum())
+        with pytest.raises(PlanError, match=r"LBFGS keeps the history of all parameters in one flat vector"):
+            apply(model, plan, optimizer=optimizer)
+    stray = optim.SGD([{"params": list(model.parameters())}, {"params": [nn.Parameter(torch.ones(3))]}], 0.1)
+    with pytest.raises(PlanError, match=r"SGD has, in group 1, a parameter of shape \(3,\) that is not the model's"):
+        apply(model, plan, optimizer=stray)
+    with pytest.raises(PlanError, match=r"SGD has, in group 0, a parameter of shape \(8, 3, 3, 3\) that is not"):
+        apply(model, plan, optimizer=optim.SGD(copy.deepcopy(model).parameters(), 0.1))
+    wrapped = optim.SGD(model.parameters(), 0.1)
+    wrapped.step = wrapped.step
+    with pytest.raises(PlanError, match=r"the method step of the optimizer SGD was replaced on the object"):
+        apply(model, plan, optimizer=wrapped)
+    with pytest.raises(PlanError, match=r"list is no torch.optim.Optimizer"):
+        apply(model, plan, optimizer=list(model.parameters()))

@@ -195,7 +195,7 @@ def changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], change: M
 
 def _resize(args: list[Any], kwargs: dict[str, Any], first: int, change: Mapping[Place, int | float]) -> None:
     key = next((k for k in ("size", "shape") if k in kwargs), None)
-    spread = key is None and isinstance(args[first], int)
+    spread = key is None and isinstance(args[first], int | torch.SymInt)
     sizes = kwargs[key] if key is not None else args[first:] if spread else args[first]
     new: list[Any] = [n if n == -1 else change.get(("size", d), n) for d, n in enumerate(sizes)]
     if key is not None:
