@@ -121,7 +121,7 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     Raises:
         PlanError: the plan is not for `model`. CaptureError: `smaller` does not run.
 
-    >>> import secateur as sc
+    >>> import torch, secateur as sc
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
     >>> plan = sc.Plan(sc.find_groups(net, x), keep=((0, 3, 5),))
     >>> certify(net, sc.apply(net, plan), plan, x).ok
