@@ -18,6 +18,9 @@ from torch import Tensor
 
 VOCABULARY = 200
 
+SIDE = 320
+"""Of the images that detectors are given."""
+
 
 def names(source: str) -> list[str]:
     """Every float model of `source`: "torchvision", "timm" or "transformers"."""
@@ -53,6 +56,8 @@ def from_torchvision(name: str) -> tuple[Any, Any]:
     headed = ("rcnn", "fcos", "ssd", "retina", "deeplab", "fcn_", "lraspp")
     kwargs: dict[str, Any] = {"weights_backbone": None} if any(part in name for part in headed) else {}
     kwargs |= {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if any(part in name for part in ("rcnn", "fcos", "retinanet")):
+        kwargs |= {"min_size": SIDE, "max_size": SIDE}  # else detectors scale every image up to 800 pixels
     return torchvision.models.get_model(name, weights=None, **kwargs), torchvision_inputs(name)
 
 
@@ -60,7 +65,7 @@ def torchvision_inputs(name: str) -> Any:
     if name.startswith("raft"):
         return torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128)
     if any(part in name for part in ("rcnn", "fcos", "ssd", "retinanet")):
-        return ([torch.rand(3, 320, 320)],)
+        return ([torch.rand(3, SIDE, SIDE)],)
     if name.startswith(("r3d", "mc3", "r2plus1d", "s3d")):
         return torch.randn(1, 3, 14, 224, 224) if name == "s3d" else torch.randn(1, 3, 8, 112, 112)
     if name.startswith("mvit"):

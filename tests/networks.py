@@ -180,7 +180,7 @@ class RawParameter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.into(x)], 1)
-        return self.out((x + x * self.scale)[:, 0])
+        return self.out((x + x * self.scale).mean(1))
 
 
 class TwoInTwoOut(nn.Module):
@@ -344,7 +344,7 @@ NETWORKS = (
     Net(RawParameter, tokens(4), (6,)),
     Net(TwoInTwoOut, two_inputs, (6,)),
     Net(FixedView, image(), (4, 6)),
-    Net(Recurrent, tokens(4), ()),
+    Net(Recurrent, tokens(4), (6, 5)),
     Net(PixelShuffle, image(), (4, 6)),
     Net(Strided, image(), (4,)),
     Net(Rolled, image(), ()),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from secateur.codec.program import Program, load_program
     from secateur.errors import SecateurError
     from secateur.graph.groups import find_groups
+    from secateur.graph.nested import Example
     from secateur.graph.records import Groups
     from secateur.measure.accuracy import Accuracy, accuracy
     from secateur.measure.latency import Latency, compare_latency, latency
@@ -57,6 +58,7 @@ __all__ = [
     "Certificate",
     "Cut",
     "Data",
+    "Example",
     "Exported",
     "Groups",
     "History",
@@ -119,6 +121,7 @@ _HOMES = MappingProxyType(
         "codec.program": ("Program", "load_program"),
         "errors": ("SecateurError",),
         "graph.groups": ("find_groups",),
+        "graph.nested": ("Example",),
         "graph.records": ("Groups",),
         "measure.accuracy": ("Accuracy", "accuracy"),
         "measure.latency": ("Latency", "compare_latency", "latency"),

@@ -202,14 +202,20 @@ def inspect(
     weights: Weights = None,
     classes: Classes = None,
     input: InputShape = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object instead.")] = False,
 ) -> None:
-    """Show what of a model can be cut, and what cannot, with the reason.
+    """Show what of a model can be cut and what a unit costs; and what cannot, why, and what would free it.
 
-    Example:  secateur inspect --model torchvision:resnet18 --input 1,3,224,224
+    Examples:
+
+      secateur inspect --model torchvision:resnet18 --input 1,3,224,224
+
+      secateur inspect --model torchvision:resnet18 --json > resnet18.json
     """
-    from secateur.recipe.options import inspect_model
+    from secateur.recipe.options import groups_json, inspect_model
 
-    typer.echo(str(inspect_model(model, weights=weights, classes=classes, shape=input)))
+    groups = inspect_model(model, weights=weights, classes=classes, shape=input)
+    typer.echo(groups_json(groups) if json else str(groups))
 
 
 def _compress(recipe: Recipe, out: Path, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from secateur.cli import main
 from secateur.codec.files import locked
+from secateur.graph.records import Groups
 
 NETWORK = """
 from torch import nn
@@ -81,6 +83,32 @@ def test_compress_then_report_measure_and_load(capsys):
     assert "Accuracy (top-1) and loss on 359 images" in capsys.readouterr().out
     assert main(["inspect", "--model", "runs/mine", "--input", "1,1,8,8"]) == 0
     assert "reaches the model's output" in capsys.readouterr().out
+
+
+def test_inspect_shows_shares_costs_and_what_would_free_an_axis(capsys):
+    assert main(["inspect", "--model", "nets.py:make", "--input", "1,1,8,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "1 group, 8 units; with them can shrink",
+        "  400 of 410 parameters (97.6 %)",
+        "  4,928 of 4,928 MACs on the example inputs (100.0 %)",
+    ]
+    assert "    8      50   616    200  0 + 4" in lines
+    at = lines.index("  reaches the model's output")
+    assert lines[at + 1] == "    4.weight axis 0, 4.bias axis 0"
+    assert lines[at + 2] == "    nothing frees it: the caller reads it."
+    assert max(map(len, lines)) <= 100
+
+
+def test_inspect_as_json_is_the_groups_with_shares_and_costs(capsys):
+    assert main(["inspect", "--model", "nets.py:make", "--input", "1,1,8,8", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["params"], value["prunable_params"]) == (410, 400)
+    assert (value["macs"], value["prunable_macs"]) == (4928, 4928)
+    assert value["unit_costs"] == [{"params": 50, "macs": 616, "bytes": 200}]
+    groups = Groups.from_json(value)
+    assert groups.params_left([[0, 3]]) == 2 * 10 + 2 * 4 * 10 + 10
+    assert groups.macs_left([[0, 3]]) == 4928 // 4
 
 
 def test_progress_goes_to_stderr_line_by_line_where_there_is_no_terminal(capsys):

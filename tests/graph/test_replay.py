@@ -106,3 +106,13 @@ def test_sizes_survive_json() -> None:
     assert any(size.constant is not None for size in groups.sizes)
     assert Groups.from_json(json.loads(json.dumps(groups.to_json()))) == groups
     assert replay.from_json(json.loads(json.dumps(replay.to_json(plan.replays())))) == plan.replays()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_cut_model_can_be_cut_again(name: str) -> None:
+    _, smaller, _ = cut(name)
+    groups = find_groups(smaller, torch.randn(2, 4))
+    assert groups.prunable_params > 0.8 * groups.params, str(groups)
+    again = Plan(groups, random_keep(groups, 4))
+    certificate = certify(smaller, apply(smaller, again), again, torch.randn(2, 4))
+    assert certificate.ok, certificate.sentence

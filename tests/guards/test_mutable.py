@@ -33,6 +33,7 @@ IMMUTABLE = frozenset(
         "itemgetter",
         "getLogger",
         "Typer",
+        "ContextVar",  # each context has a value of its own
         "spec",  # graph.axes: an einops-like string made into a function
     }
 )

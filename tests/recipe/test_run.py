@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from secateur.codec.files import locked
-from secateur.errors import DataError, RunError, TrainingError, UnknownName
+from secateur.errors import DataError, ModelError, RunError, TrainingError, UnknownName
 from secateur.measure.latency import Latency
 from secateur.recipe.folder import load
 from secateur.recipe.journal import JOURNAL
@@ -92,6 +92,14 @@ def test_what_was_cut_is_what_is_loaded(tmp_path, network):
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_size == after.bytes
     assert made.channels[0] == ChannelRow("0", 8, model[0].out_channels)
     assert not model.training
+
+
+def test_a_network_that_was_made_wider_since_is_not_taken_for_the_one_that_was_cut(tmp_path, network):
+    run(recipe(network, CUT), tmp_path / "run")
+    assert load(tmp_path / "run")[5].out_features == 8
+    (tmp_path / "nets.py").write_text(NETWORK.replace("16", "24"))
+    with pytest.raises(ModelError, match=r"builds another model .*: 5.weight is \(24, 32\) there and was \(16, 32\)"):
+        load(tmp_path / "run")
 
 
 def test_the_same_recipe_gives_the_same_model(tmp_path, network):

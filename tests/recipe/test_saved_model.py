@@ -20,7 +20,8 @@ from secateur.errors import ModelError, PlanError, RunError
 from secateur.graph.attention import HeadwiseAttention
 from secateur.graph.groups import find_groups
 from secateur.graph.probe import random_keep
-from secateur.recipe.folder import ARCHITECTURE, Architecture, load, save, save_model
+from secateur.recipe.architecture import ARCHITECTURE, Architecture
+from secateur.recipe.folder import load, save, save_model
 from secateur.surgery.cut import apply
 from secateur.zoo.models import build_model
 
@@ -198,11 +199,26 @@ def test_plans_in_sequence_and_training_in_between(nets):
     assert torch.equal(load("small")(x), twice(x))
     with pytest.raises(PlanError, match=r"plan 1 leaves .* and plan 2 was made for .*in order"):
         save(twice, "other", plan=[second, first], source="nets.py:make")
-    with pytest.raises(PlanError, match=r"plan 1 leaves .* and the model has .*give the cut model and the plans"):
+    with pytest.raises(PlanError, match=r"plan 1 leaves .* and the model has .*give the model and the plans"):
         save(twice, "other", plan=first, source="nets.py:make")
     with pytest.raises(PlanError, match=r"plan 1 leaves stem\.weight"):
         save(nets, "other", plan=first, source="nets.py:make")
     assert not Path("other").exists()
+
+
+def test_views_on_one_memory_come_back_as_the_source_has_them():
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))
+        model[2].weight = nn.Parameter(model[0].weight.data.t())
+        return model
+
+    x = torch.randn(3, 5)
+    smaller, plan = randomly_cut(make(), x)
+    save(smaller, "small", plan=plan)
+    back = load("small", factory=make)
+    assert torch.equal(back(x), smaller(x))
+    assert back[2].weight.data_ptr() == back[0].weight.data_ptr()
+    assert back[2].weight.stride() == smaller[2].weight.stride()
 
 
 def test_a_factory_stands_in_for_a_source(nets):

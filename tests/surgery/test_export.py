@@ -25,8 +25,8 @@ from secateur.codec.program import ENTRY, load_program
 from secateur.codec.state import load_state, read_metadata, save_state
 from secateur.errors import CaptureError, ModelError, ProofError, RunError
 from secateur.graph.attention import HeadwiseAttention
-from secateur.graph.capture import as_arguments
 from secateur.graph.groups import find_groups
+from secateur.graph.nested import as_arguments
 from secateur.graph.probe import random_keep
 from secateur.surgery.cut import apply
 from secateur.surgery.export import export_program

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from secateur.recipe.folder import load, save
 from secateur.surgery.simplify import simplify
 
 
@@ -48,15 +49,19 @@ def test_every_kind_of_layer(layer: Callable[[], nn.Module], norm: nn.Module, x:
     had_bias = model[0].bias is not None
     smaller, record = simplify(model, x, batch_norm=True)
     assert isinstance(smaller[1], nn.Identity)
-    assert isinstance(model[1], nn.modules.batchnorm._BatchNorm)
     assert record.count("batch norms") == 1
     assert record.identities == ("1",)
     assert record.biases == (() if had_bias else ("0.bias",))
-    assert not record.saveable
     assert smaller[0].bias.dtype == torch.float32
     assert record.error < 1e-13
+    save(smaller.eval(), "small", plan=record)
+    back = load("small", factory=lambda: model)
+    assert str(back) == str(smaller)
+    assert isinstance(model[1], nn.modules.batchnorm._BatchNorm)
+    assert (model[0].bias is not None) is had_bias
     with torch.no_grad():
         torch.testing.assert_close(model(x), smaller(x))
+        assert torch.equal(back(x), smaller(x))
 
 
 def test_it_is_done_only_when_asked_for() -> None:
@@ -145,6 +150,29 @@ def test_values_tell_and_not_names() -> None:
     assert torch.equal(smaller.conv1.weight, first)
     assert not torch.equal(smaller.conv2.weight, model.conv2.weight)
     torch.testing.assert_close(model(image(4)), smaller(image(4)))
+
+
+class UnderTwoNames(nn.Module):
+    """A norm and a layer that stand in two places each; they are called by the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms, self.convs = nn.ModuleList([nn.BatchNorm2d(4)]), nn.ModuleList([nn.Conv2d(4, 4, 1, bias=False)])
+        self.bn, self.conv = self.norms[0], self.convs[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+def test_a_norm_under_two_names_goes_from_both() -> None:
+    model = settled(UnderTwoNames(), image(4))
+    smaller, record = simplify(model, image(4), batch_norm=True)
+    assert record.identities == ("norms.0",)
+    assert isinstance(smaller.bn, nn.Identity)
+    assert isinstance(smaller.norms[0], nn.Identity)
+    torch.testing.assert_close(model(image(4)), smaller(image(4)))
+    save(smaller, "small", plan=record)
+    assert torch.equal(load("small", factory=UnderTwoNames)(image(4)), smaller(image(4)))
 
 
 def test_all_twenty_of_resnet18() -> None:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vgg11_bn, vgg16
 
-from secateur.graph.rebuild import rebuild
-from secateur.score.scoring import tensors_of
+from secateur.recipe.folder import load, save
 from secateur.surgery.endings import observe
 from secateur.surgery.replicas import find_replicas, folded
 from secateur.surgery.simplify import simplify
@@ -52,11 +51,10 @@ def test_a_repeated_map_is_read_once(
     assert record.count("replicated features") == 4 * large - features
     assert record.params_left == count(model) - 5 * (4 * large - features) == count(smaller)
     assert record.attributes == {"1": told, f"{4 + len(middle)}": {"in_features": features}}
-    assert record.saveable
+    save(smaller, "small", plan=record)
     with torch.no_grad():
         torch.testing.assert_close(model(x), smaller(x))
-        again = rebuild(model, tensors_of(smaller), record.attributes, record.replays).eval()
-        assert torch.equal(again(x), smaller(x))
+        assert torch.equal(load("small", factory=lambda: model)(x), smaller(x))
 
 
 def test_a_length_is_pooled_like_a_map() -> None:

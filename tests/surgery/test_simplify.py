@@ -17,11 +17,11 @@ import networks
 from secateur.allocate.plan import Plan
 from secateur.errors import CaptureError, ProofError
 from secateur.graph.attention import headwise
-from secateur.graph.capture import run
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import rebuild
 from secateur.graph.records import Group
-from secateur.recipe.folder import Architecture, load, save_model
+from secateur.graph.twin import run
+from secateur.recipe.folder import load, save
 from secateur.score.scoring import tensors_of
 from secateur.surgery import simplify as verb
 from secateur.surgery.certify import certify
@@ -64,7 +64,7 @@ def check_same(model: nn.Module, smaller: nn.Module, inputs: object) -> None:
 def check_rebuilt(model: nn.Module, smaller: nn.Module, record: Simplification, inputs: object) -> None:
     """What the record says, and the tensors, are enough to build the smaller model from the source's."""
     again = rebuild(model, tensors_of(smaller), record.attributes, record.replays).eval()
-    assert record.saveable
+    assert record.identities == record.biases == ()
     assert all(torch.equal(a, b) for a, b in zip(outputs(smaller.eval(), inputs), outputs(again, inputs), strict=True))
 
 
@@ -263,8 +263,7 @@ def test_a_simplified_model_is_saved_like_a_cut_one(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     smaller, record = simplify(model, x)
     assert record.count("dead units") == 6
-    architecture = Architecture("secateur:resnet20", 10, {}).after(record.attributes, record.replays)
-    save_model(tmp_path, smaller, architecture)
+    save(smaller, tmp_path, plan=record, source="secateur:resnet20")
     assert torch.equal(load(tmp_path)(x), smaller.eval()(x))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
-from secateur.graph.capture import map_tensors
+from secateur.graph.nested import map_tensors
 from secateur.score.scoring import tensors_of
 from secateur.surgery.double import Double, doubled
 from secateur.surgery.endings import observe

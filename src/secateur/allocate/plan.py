@@ -42,7 +42,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the plan's JSON: equal plans for equal models have equal hashes."""
+        """SHA-256 of the plan's JSON: equal plans for equal models on equal inputs have equal hashes."""
         text = json.dumps(self._value(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -50,6 +50,11 @@ class Plan:
     def params_left(self) -> int:
         """Parameters of the cut model, counted."""
         return self.groups.params_left(self.keep)
+
+    @property
+    def macs_left(self) -> int:
+        """MACs of the cut model for the batch of the example inputs (see `Groups.macs_left`)."""
+        return self.groups.macs_left(self.keep)
 
     def attributes(self) -> dict[str, dict[str, int | tuple[int, ...]]]:
         """Module path -> attribute -> value after the cut, for the integers that change."""

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from secateur.graph.capture import Call, Ref, Value
-from secateur.graph.units import Ids, Units
+from secateur.graph.units import Ids, Split, Units
 
 Name = str | None
 
@@ -72,6 +72,7 @@ class Field:
     """Everything known so far: the units on each value, and what the rules reported on the way."""
 
     values: Sequence[Value]
+    split: Split = "outer"
     units: Units = field(default_factory=Units)
     blocks: dict[int, tuple[Block, ...]] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
@@ -194,17 +195,17 @@ class Step:
         return None
 
     def fold(self, block: Block) -> Block:
-        """A block of several axes as one: the outermost stays prunable, whole rows of it are one unit.
+        """A block of several axes as one: whole rows along that one are one unit, and it stays prunable.
 
-        Outermost is the axis that was outermost before the reshape: heads, not the width of a head.
+        By default it is the axis that was outermost before the reshape: heads, not the width of a head.
         """
         if len(block.dims) == 1:
             return block
-        outer = outermost(block.ids)
-        rows = np.moveaxis(block.ids, outer, 0).reshape(block.ids.shape[outer], -1)
+        axis = factor(block.ids, self.field.split)
+        rows = np.moveaxis(block.ids, axis, 0).reshape(block.ids.shape[axis], -1)
         self.units.unite(rows[:, :1], rows)
         self.end(np.setdiff1d(rows, rows[:, 0]))
-        return Block((block.dims[outer],), rows[:, 0])
+        return Block((block.dims[axis],), rows[:, 0])
 
     def close(self) -> None:
         """Freeze every unit that came in and was neither carried on nor ended: the rule did not account for it."""
@@ -234,11 +235,13 @@ def refs_in(nested: Any) -> Iterable[Ref]:
             yield from refs_in(item)
 
 
-def outermost(ids: Ids) -> int:
-    """The axis along which neighbouring units are farthest apart: the one that varied slowest before a reshape."""
+def factor(ids: Ids, split: Split) -> int:
+    """The axis along which neighbouring units are farthest apart, which varied slowest before a reshape; or nearest."""
     jumps = [np.abs(np.diff(ids, axis=axis)) for axis in range(ids.ndim)]
     # Repeated heads, as of grouped queries, lie no jump apart: only what changes tells.
-    return int(np.argmax([float(np.median(jump[jump > 0])) if jump.any() else -1.0 for jump in jumps]))
+    apart = [float(np.median(jump[jump > 0])) if jump.any() else None for jump in jumps]
+    sign = 1 if split == "outer" else -1
+    return int(np.argmax([-np.inf if jump is None else sign * jump for jump in apart]))
 
 
 def equate(step: Step, operands: Sequence[Ref | None], names: Sequence[Sequence[Name]], out: Sequence[Name]) -> None:
@@ -270,6 +273,7 @@ def equate(step: Step, operands: Sequence[Ref | None], names: Sequence[Sequence[
         readers = [i for i, (_, row) in enumerate(present) if key_set <= set(row)]
         if len(readers) > len(places):
             step.freeze(ids, "meets an axis that cannot be cut, such as the model's input or positions")
+            continue  # frozen units need not be carried: what meets this axis later is frozen as well
         if key_set <= set(out):
             dims = [out.index(name) for name in order]
             rank = np.argsort(dims)

@@ -8,29 +8,24 @@ flow needs values is run on real ones. The caller's model is never called.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
-import gc
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import CaptureError
 from secateur.graph.attention import see_heads
 from secateur.graph.decisions import Decision, decided, noted
+from secateur.graph.nested import Nested, map_tensors, tensors_in
 from secateur.graph.replay import PythonCall, PythonCalls
-
-Nested = Any
-"""Any nesting of tuple, list, dict and dataclass with tensors at its leaves."""
+from secateur.graph.twin import duplicate, fake_copy, run
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,6 @@ class Trace:
     fake: bool
 
 
-KEPT_CACHES = frozenset(("torch", "numpy", *sys.stdlib_module_names))
-"""Packages whose cached functions hold no results of a model."""
-
 COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy", "local_scalar_dense"))
 SAME = MappingProxyType(
     dict.fromkeys(("unsafe_view", "reshape", "reshape_alias"), "view")
@@ -108,87 +100,6 @@ def steps(calls: Sequence[Call]) -> list[tuple[str, Call]]:
     """
     named = [(op_name(call), call) for call in calls]
     return [(SAME.get(name, name), call) for name, call in named if name not in COPIES]
-
-
-def as_arguments(example_inputs: Nested) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as the caller gave them -> (args, kwargs): a dict is keywords, a tuple or list positions."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def map_tensors(function: Callable[[Tensor], Any], nested: Nested) -> Nested:
-    """The same nesting with `function` applied to each tensor."""
-    if isinstance(nested, Tensor):
-        return function(nested)
-    if isinstance(nested, Mapping):
-        return {key: map_tensors(function, item) for key, item in nested.items()}
-    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-        entries = {e.name: getattr(nested, e.name) for e in dataclasses.fields(nested) if e.init}
-        return dataclasses.replace(nested, **map_tensors(function, entries))
-    if isinstance(nested, tuple | list) and not isinstance(nested, torch.Size):
-        items = [map_tensors(function, item) for item in nested]
-        named = isinstance(nested, tuple) and type(nested) is not tuple and issubclass(type(nested), tuple)
-        return type(nested)(*items) if named else type(nested)(items)
-    return nested
-
-
-def detached(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`: copies of the tensors that modules hold as plain attributes, which it refuses.
-
-    Such are the result of a weight norm before the forward pass, and activations kept from the last one, also in lists.
-    """
-    own = ("_parameters", "_buffers", "_modules")
-    values = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
-    held = list(tensors_in([v for v in values if isinstance(v, Tensor | list | tuple | Mapping)]))
-    return {id(tensor): tensor.detach().clone() for tensor in held if not isinstance(tensor, nn.Parameter)}
-
-
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, of a model that holds such tensors as well."""
-    return copy.deepcopy(model, detached(model))
-
-
-def tensors_in(nested: Nested, inside: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """The tensors at the leaves, in order; objects, such as dataclasses, are looked into, but none that is `inside`."""
-    if isinstance(nested, Tensor):
-        yield nested
-        return
-    if isinstance(nested, Mapping):
-        items = list(nested.values())
-    elif isinstance(nested, tuple | list | set | frozenset):
-        items = list(nested)
-    elif isinstance(nested, nn.Module | type | ModuleType | FunctionType):
-        items = []
-    else:
-        items = list(getattr(nested, "__dict__", {}).values())
-    if not any(nested is outer for outer in inside):
-        for item in items:
-            yield from tensors_in(item, (*inside, nested))
-
-
-def run(model: nn.Module, example_inputs: Nested) -> Any:
-    """One forward pass of `model`, without gradients, on inputs given as `as_arguments` reads them."""
-    args, kwargs = as_arguments(example_inputs)
-    with torch.no_grad(), _slow_attention(), _empty_caches():
-        return model(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _empty_caches() -> Iterator[None]:
-    """Functions that cache their results hold none of ours afterwards, and none of an earlier run's meanwhile."""
-    kind = functools._lru_cache_wrapper
-    found = [item for item in gc.get_referrers(kind) if type(item) is kind]
-    caches = [item for item in found if str(item.__module__).partition(".")[0] not in KEPT_CACHES]
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        yield
-    finally:
-        for cache in caches:
-            cache.cache_clear()
 
 
 def capture(model: nn.Module, example_inputs: Nested) -> Trace:
@@ -211,19 +122,6 @@ def capture(model: nn.Module, example_inputs: Nested) -> Trace:
     except CaptureError:
         twin = see_heads(duplicate(model).eval())
         return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
-
-
-@contextlib.contextmanager
-def fake_copy(model: nn.Module, example_inputs: Nested) -> Iterator[tuple[nn.Module, Nested]]:
-    """A copy of the model in eval mode and of its inputs, with shapes but no memory and no arithmetic."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy asks its memo first: given the fake twin there, it never copies a tensor's memory.
-    memo: dict[int, Any] = detached(model) | {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
-    twin = see_heads(copy.deepcopy(model, memo).eval())
-    inputs = map_tensors(mode.from_tensor, example_inputs)
-    with mode:
-        yield twin, inputs
 
 
 def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:
@@ -373,14 +271,3 @@ def _number(tensor: Tensor) -> float | None:
         return None
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         return float(tensor)
-
-
-@contextlib.contextmanager
-def _slow_attention() -> Iterator[None]:
-    """`nn.MultiheadAttention` has a fused path that hides its ops; off while we look, then as it was."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -14,18 +15,19 @@ from secateur.graph.analysis import Analysis, UnitBlock
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Value, op_name
 from secateur.graph.records import Groups
+from secateur.graph.replay import ATTENTION
 
 SIZED = frozenset(
     """
     view unsafe_view reshape reshape_alias expand slice split split_with_sizes unsafe_split chunk narrow repeat
     constant_pad_nd zeros ones empty new_zeros new_ones new_empty convolution native_group_norm native_layer_norm
-    channel_shuffle native_channel_shuffle fused_rms_norm as_strided
+    channel_shuffle native_channel_shuffle fused_rms_norm as_strided mkldnn_rnn_layer
     """.split()
 )
 FILLED = frozenset(("full", "new_full"))
 """Ops whose integers are sizes that a cut changes, and those that take a value besides."""
 
-PRODUCTS = frozenset(("einsum", "matmul", "__matmul__", "__rmatmul__", "tensordot", "linear", "bilinear"))
+PRODUCTS = frozenset(("einsum", "matmul", "__matmul__", "__rmatmul__", "tensordot", "linear", "bilinear", ATTENTION))
 
 Stays = NDArray[np.bool_]
 """`[unit]` -> whether it stays; one entry more, at -1, for whatever is in no group."""
@@ -72,7 +74,10 @@ def first_odd(
         other = runs[number] if number < len(runs) else []
         end += len(run)
         if _names(run) != _names(other) and _is_product(run, analysis) and other:
-            run, other = run[-1:], [(run[-1][0], other[-1][1])]
+            odd = _odd_shape(_result(run), _result(other), analysis, values, stays)
+            if odd:
+                return end - 1, odd
+            continue
         for at, (name, expected) in enumerate(run):
             if at >= len(other) or other[at][0] != name:
                 done = other[at][1].where if at < len(other) else "the model stops"
@@ -88,12 +93,18 @@ def _runs(steps: Steps) -> Iterator[list[tuple[str, Call]]]:
     return (list(run) for _, run in groupby(steps, key=lambda step: step[1].python))
 
 
+def _result(run: Steps) -> Call:
+    """The last call, with its first output alone."""
+    return replace(run[-1][1], outputs=run[-1][1].outputs[:1])
+
+
 def _names(run: Steps) -> list[str]:
     return [name for name, _ in run]
 
 
 def _is_product(run: Steps, analysis: Analysis) -> bool:
-    """Products of many axes are taken apart in another way where an axis has become 1 long; the result is the same."""
+    """Products are taken apart in another way where an axis has become 1 long, or two widths of attention differ; the
+    result is the same."""
     python = run[0][1].python
     return python is not None and analysis.trace.python[python].function in PRODUCTS
 
@@ -107,6 +118,8 @@ def _odd(expected: Call, made: Call, analysis: Analysis, values: Sequence[Value]
 
 
 def _odd_shape(expected: Call, made: Call, analysis: Analysis, values: Sequence[Value], stays: Stays) -> str:
+    if len(expected.outputs) != len(made.outputs):
+        return f"{made.where} makes {len(made.outputs)} values, predicted {len(expected.outputs)}"
     for want, got in zip(expected.outputs, made.outputs):
         if want is not None and got is not None:
             shape = predicted_shape(analysis.trace.values[want.id].shape, analysis.units_of(want), stays)
@@ -124,5 +137,7 @@ def _constants(call: Call, values: Sequence[Value]) -> list[float]:
         given = []
     inner = [part for item in given for part in (item if isinstance(item, list | tuple) else (item,))]
     held = [values[ref.id].constant for ref in refs_in(given)]
+    if op_name(call).startswith("scaled_dot_product") and call.kwargs.get("scale") is None:
+        held.append(values[call.args[0].id].shape[-1] ** -0.5)  # the default
     numbers = [item for item in (*inner, *held) if isinstance(item, int | float)]
     return [item for item in numbers if not math.isnan(item)]

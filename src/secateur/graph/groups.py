@@ -9,14 +9,19 @@ from torch import nn
 from secateur.graph.capture import capture
 from secateur.graph.probe import settle
 from secateur.graph.records import Groups
+from secateur.graph.twin import empty_caches
+from secateur.graph.units import Split
 
 
-def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
+def find_groups(model: nn.Module, example_inputs: Any, *, split: Split = "outer") -> Groups:
     """Every channel group of the model: what can be cut, with all that must go along, and what cannot and why.
 
     Args:
         model: any module, in train or eval mode; left exactly as found.
         example_inputs: one tensor, a tuple of positional or a dict of keyword arguments; a batch of one or two does.
+            In an `Example`, they come with the part of the model's outputs that is read.
+        split: where the model splits an axis into heads x width, "outer" cuts whole heads, and "inner" the same
+            places of all heads. Grouped queries keep their ratio.
 
     Raises:
         CaptureError: the model does not run on these inputs.
@@ -27,4 +32,5 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     >>> [(slot.tensor, slot.dim, slot.index[1]) for slot in group.slots if slot.role != "scale"]
     [('0.weight', 0, (1,)), ('3.weight', 1, (4, 5, 6, 7))]
     """
-    return settle(model, example_inputs, capture(model, example_inputs)).groups
+    with empty_caches():
+        return settle(model, example_inputs, capture(model, example_inputs), split).groups

@@ -39,6 +39,14 @@ def index_select(step: Step) -> None:
     _carry_but(step, step.arg(1))
 
 
+def index_add(step: Step) -> None:
+    """(x, dim, index, source): x at the places that the index says grows by the source; the other axes are one."""
+    x, source = step.arg(0), step.arg(3)
+    rank = len(step.shape(x))
+    names: list[Name] = [f"d{i}" if i != step.arg(1) % rank else None for i in range(rank)]
+    equate(step, [x, source], [names, names], names)
+
+
 def gather(step: Step) -> None:
     """gather, scatter: (x, dim, index[, source]): along the other axes, each index looks at its own place."""
     out = step.shape(step.output)

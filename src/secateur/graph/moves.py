@@ -149,6 +149,8 @@ def _cut(step: Step, block: Block, dim: int, piece: slice) -> Block:
     at = [slice(None)] * len(block.dims)
     at[block.dims.index(dim)] = piece
     step.end(block.ids)
+    if block.dims == (dim,) and block.ids[piece].size == 1:
+        step.freeze(block.ids[piece], "is a piece of its own")
     return Block(block.dims, block.ids[tuple(at)])
 
 

@@ -10,7 +10,7 @@ all else stays prunable.
 from __future__ import annotations
 
 import contextlib
-import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,63 +22,74 @@ from torch import nn
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import (
-    Recorder,
-    Trace,
-    fake_copy,
-    map_tensors,
-    recording,
-    run,
-    steps,
-    tensors_in,
-)
+from secateur.graph.capture import Recorder, Trace, recording, steps
 from secateur.graph.compare import Stays, Steps, first_odd, survivors
 from secateur.graph.decisions import Following
-from secateur.graph.rebuild import narrow, rebuild
+from secateur.graph.nested import map_tensors, tensors_in
+from secateur.graph.rebuild import narrow, rebuild, set_attributes
 from secateur.graph.records import Groups
-from secateur.graph.replay import Place, PythonCall, PythonCalls, changed
+from secateur.graph.replay import ATTENTION, Place, PythonCall, PythonCalls, changed, missed
+from secateur.graph.twin import fake_copy, run
+from secateur.graph.units import Split
+from secateur.graph.watch import Attribute, watch
 
 PLANS = 2
-"""Random plans tried: each cuts every group, by different shares, so that no two sizes agree by chance."""
+"""Plans tried: each cuts every group, and no two groups of one size lose the same number in both (`probing_keep`)."""
+
+Number = tuple[int, Place]
+"""Of a torch function that Python called, by its number, one of the numbers that it is given."""
 
 
-def settle(model: nn.Module, example_inputs: Any, trace: Trace) -> Analysis:
+def settle(model: nn.Module, example_inputs: Any, trace: Trace, split: Split = "outer") -> Analysis:
     """The analysis of `trace` with the calls to replay, and all that does not follow a cut frozen."""
     frozen: list[tuple[int, str]] = []
-    replayed: set[int] = set()
-    unbound: set[tuple[str, str]] = set()
+    replayed: set[Number] = set()
+    unbound: set[Attribute] = set()
     while True:
-        analysis = analyse(trace, model, frozen, unbound)
+        analysis = analyse(trace, model, frozen, unbound, split)
         missed = False
-        for seed in range(PLANS):
+        for plan in range(PLANS):
             if not missed and analysis.groups.groups:
-                probe = _probe(model, example_inputs, analysis, seed, replayed)
+                probe = _probe(model, example_inputs, analysis, plan, replayed)
                 replayed |= _same_sites(model, trace, probe.replayed)
-                missed = probe.odd is not None
-                if probe.odd is not None:
-                    guesses = _guesses(model, analysis, probe.odd.module) - unbound
-                    unbound |= guesses
+                guesses = probe.compared
+                if probe.odd is not None and not guesses:
+                    guesses = _guesses(model, analysis, probe.odd.module)
                     frozen += [] if guesses else probe.odd.freeze
+                unbound |= guesses
+                missed = bool(guesses or probe.odd)
         if not missed:
-            sizes = tuple(size for call in sorted(replayed) for size in analysis.sizes.get(call, ()))
+            sizes = (s for call in sorted(analysis.sizes) for s in analysis.sizes[call] if (call, s.place) in replayed)
             return replace(analysis, groups=replace(analysis.groups, sizes=tuple(dict.fromkeys(sizes))))
 
 
-def _same_sites(model: nn.Module, trace: Trace, calls: Collection[int]) -> set[int]:
-    """These calls, and the same ones in all modules of the same class: what one block does, its brothers do."""
+def _same_sites(model: nn.Module, trace: Trace, numbers: Collection[Number]) -> set[Number]:
+    """These numbers, and the same ones in all modules of the same class: what one block does, its brothers do."""
 
     def site(call: PythonCall) -> tuple[type, str, int]:
         return type(model.get_submodule(call.module)), call.function, call.ordinal
 
-    sites = {site(trace.python[call]) for call in calls}
-    return {i for i, call in enumerate(trace.python) if site(call) in sites} if sites else set()
+    places: dict[tuple[type, str, int], set[Place]] = {}
+    for call, place in numbers:
+        places.setdefault(site(trace.python[call]), set()).add(place)
+    every = enumerate(trace.python) if places else ()
+    return {(i, place) for i, call in every for place in places.get(site(call), ())}
 
 
-def _guesses(model: nn.Module, analysis: Analysis, module: str) -> set[tuple[str, str]]:
-    """The attributes, of modules of this one's class, that were taken for a count because they have its value."""
-    kind = type(model.get_submodule(module))
-    bound = {(item.module, item.attribute) for item in analysis.groups.ints} & analysis.guessed
-    return {(path, name) for path, name in bound if type(model.get_submodule(path)) is kind}
+def _bound(analysis: Analysis) -> frozenset[Attribute]:
+    """The attributes that were taken for a count because they have its value."""
+    return frozenset((item.module, item.attribute) for item in analysis.groups.ints) & analysis.guessed
+
+
+def _guesses(model: nn.Module, analysis: Analysis, module: str) -> frozenset[Attribute]:
+    """Such attributes of modules of this one's class, or, if there are none, of the modules around it."""
+    bound = _bound(analysis)
+    while True:
+        kind = type(model.get_submodule(module))
+        found = frozenset((path, name) for path, name in bound if type(model.get_submodule(path)) is kind)
+        if found or not module:
+            return found
+        module = module.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -91,30 +102,54 @@ class Odd:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one random plan showed: calls that had to be replayed, and the first op that is odd even so."""
+    """What one random plan showed: numbers that had to be replayed, the first op that is odd even so, and guessed
+    attributes that steer Python."""
 
-    replayed: frozenset[int]
+    replayed: frozenset[Number]
+    compared: frozenset[Attribute]
     odd: Odd | None
 
 
 def random_keep(groups: Groups, seed: int) -> tuple[tuple[int, ...], ...]:
-    """A plan that cuts every group by its own share, between a tenth and six tenths of its units.
-
-    An odd seed leaves every other group whole: small neighbours would often lose the same number of units.
-    """
+    """A plan that cuts every group by its own share, between a tenth and six tenths of its units."""
     random = np.random.default_rng(seed)
-    keep = []
-    for number, group in enumerate(groups.groups):
-        share = random.uniform(0.1, 0.6)
-        stay = group.size - (0 if seed % 2 and number % 2 else max(1, int(group.size * share)))
-        keep.append(tuple(sorted(random.permutation(group.size)[: max(1, stay)].tolist())))
-    return tuple(keep)
+    lost = [max(1, int(group.size * random.uniform(0.1, 0.6))) for group in groups.groups]
+    return _keep(groups, lost, random)
 
 
-def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int, replayed: Collection[int]) -> Probe:
-    """Cut by the random plan `seed`, run, compare."""
+def probing_keep(groups: Groups, plan: int) -> tuple[tuple[int, ...], ...]:
+    """One of two plans by which the probe tells all groups apart.
+
+    Two halves of an axis that lose as many units by chance would hide a number that does not follow. So, of groups of
+    one size, those that lose the same number in the first plan lose different ones in the second, as long as there are
+    pairs of numbers.
+    """
+    random = np.random.default_rng(plan)
+    choices: dict[int, Any] = {}
+    seen: Counter[int] = Counter()
+    lost = []
+    for group in groups.groups:
+        least, most = max(1, group.size // 10), max(1, group.size * 3 // 5)
+        number, seen[group.size] = seen[group.size], seen[group.size] + 1
+        if most == 1:  # small ones take turns
+            lost.append((1, 0, 1)[number % 3] if plan == 0 else (0, 1, 1)[number % 3])
+            continue
+        order = choices.setdefault(group.size, random.permutation(np.arange(least, most + 1)))
+        turn = number if plan == 0 else number + number // len(order)
+        lost.append(int(order[turn % len(order)]))
+    return _keep(groups, lost, random)
+
+
+def _keep(groups: Groups, lost: Sequence[int], random: np.random.Generator) -> tuple[tuple[int, ...], ...]:
+    """Any units of each group but as many as are lost; one stays."""
+    shuffled = [random.permutation(group.size)[: max(1, group.size - n)] for group, n in zip(groups.groups, lost)]
+    return tuple(tuple(sorted(units.tolist())) for units in shuffled)
+
+
+def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, plan: int, replayed: Collection[Number]) -> Probe:
+    """Cut by one of the plans, run, compare."""
     groups, trace = analysis.groups, analysis.trace
-    keep = random_keep(groups, seed)
+    keep = probing_keep(groups, plan)
     stays = survivors(groups, keep)
     every = tuple(dict.fromkeys(size for sizes in analysis.sizes.values() for size in sizes))
     changes = replace(groups, sizes=every).replays(keep)
@@ -125,36 +160,36 @@ def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int,
     ):
         for tensor in tensors_in(inputs):
             recorder.register(tensor, "input")
+        compared = watch(cut, _bound(analysis))
         error = ""
         try:
-            with _quiet():
-                run(cut, inputs)
+            run(cut, inputs)
         except Exception as stopped:
             error = f": {str(stopped).splitlines()[0]}" if str(stopped) else ""
     wanted = steps(trace.calls)
     found = first_odd(wanted, steps(recorder.calls), analysis, recorder.values, stays)
     odd = found and Odd(wanted[found[0]][1].module, _freeze_around(analysis, wanted, found[0], stays, error))
     assert isinstance(recorder.python, _Replayer)
-    return Probe(frozenset(recorder.python.needed), odd)
+    return Probe(frozenset(recorder.python.needed), frozenset(compared), odd)
 
 
 class _Replayer(PythonCalls):
-    """Gives calls their predicted sizes: those known to need it, and those whose ops come out odd without."""
+    """Gives calls the numbers they are known to need, and those that are wrong where their ops come out odd without."""
 
     def __init__(
         self,
         analysis: Analysis,
         stays: Stays,
         changes: Mapping[str, Mapping[tuple[str, int], Mapping[Place, int | float]]],
-        replayed: Collection[int],
+        replayed: Collection[Number],
     ) -> None:
         super().__init__()
-        self._analysis, self._stays, self._changes, self._replayed = analysis, stays, changes, replayed
+        self._analysis, self._stays, self._changes = analysis, stays, changes
         self._wanted: dict[int, list[tuple[str, Any]]] = {}
         for name, call in steps(analysis.trace.calls):
             if call.python is not None:
                 self._wanted.setdefault(call.python, []).append((name, call))
-        self.needed: set[int] = set()
+        self.needed: set[Number] = set(replayed)
 
     def execute(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         index, call, python = len(self.made) - 1, self.made[-1], self._analysis.trace.python
@@ -162,23 +197,29 @@ class _Replayer(PythonCalls):
         known = index < len(python) and python[index].site == call.site and index in self._analysis.sizes
         if change is None or not known:
             return func(*args, **kwargs)
-        if index not in self._replayed:
-            before = recorder.mark()
-            try:
-                result = func(*args, **kwargs)
-            except Exception:
-                result = None
-            else:
-                made = steps(recorder.calls[before:])
-                wanted = self._wanted.get(index, [])
-                if len(made) == len(wanted) and self._as_predicted(wanted, made, recorder):
-                    return result
-            recorder.rewind(before)
-            self.needed.add(index)
-        return changed(func, args, kwargs, change)
+        if call.function == ATTENTION:  # its default scale shows in no op
+            self.needed.update((index, place) for place in missed(func, args, kwargs, change))
+        given = {place: value for place, value in change.items() if (index, place) in self.needed}
+        before, failure = recorder.mark(), None
+        try:
+            result = changed(func, args, kwargs, given) if given else func(*args, **kwargs)
+        except Exception as error:
+            failure = error
+        if failure is None and self._as_predicted(index, steps(recorder.calls[before:]), recorder):
+            return result
+        wrong = missed(func, args, kwargs, change) - given.keys()
+        if not wrong and failure is not None:
+            raise failure
+        if not wrong:
+            return result
+        recorder.rewind(before)
+        self.needed.update((index, place) for place in wrong)
+        return changed(func, args, kwargs, {place: change[place] for place in (*given, *wrong)})
 
-    def _as_predicted(self, wanted: Steps, made: Steps, recorder: Recorder) -> bool:
-        return first_odd(wanted, made, self._analysis, recorder.values, self._stays) is None
+    def _as_predicted(self, index: int, made: Steps, recorder: Recorder) -> bool:
+        wanted = self._wanted.get(index, [])
+        odd = first_odd(wanted, made, self._analysis, recorder.values, self._stays)
+        return len(made) == len(wanted) and odd is None
 
 
 @contextlib.contextmanager
@@ -190,22 +231,9 @@ def _cut_copy(
         cut = rebuild(model, narrow(model, groups.kept(keep)), groups.attributes(keep))
         yield see_heads(cut.eval()), map_tensors(torch.clone, example_inputs)
         return
-    with fake_copy(model, example_inputs) as (twin, inputs):
-        tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-        shapes = groups.shapes(keep)
-        narrowed = {n: t if t.shape == shapes[n] else t.new_empty(shapes[n]) for n, t in tensors.items()}
-        yield rebuild(twin, narrowed, groups.attributes(keep)), inputs
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs what fails on fake tensors with a traceback; here a failure is an answer."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with fake_copy(model, example_inputs, groups.shapes(keep)) as (twin, inputs):
+        set_attributes(twin, groups.attributes(keep))
+        yield twin, inputs
 
 
 def _freeze_around(

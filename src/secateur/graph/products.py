@@ -35,6 +35,11 @@ def convolution(step: Step) -> None:
         inputs = step.axis(x, 1)
     else:
         inputs = _grouped(step, x, weight, bias, groups, transposed)
+    _close_convolution(step, x, weight, inputs)
+
+
+def _close_convolution(step: Step, x: Ref, weight: Ref, inputs: Ids | None) -> None:
+    """The counts of channels, and the positions in the kernel, which stay."""
     step.counts(inputs, step.shape(x)[1], "in_channels")
     step.counts(step.axis(step.output, 1), step.shape(step.output)[1], "out_channels")
     for kernel in step.blocks(weight):
@@ -50,12 +55,7 @@ def deformed_convolution(step: Step) -> None:
         return  # in groups
     spatial: list[Name] = [None, None]
     equate(step, [x, weight, bias], [["n", "i", *spatial], ["o", "i", *spatial], ["o"]], ["n", "o", *spatial])
-    step.counts(step.axis(x, 1), step.shape(x)[1], "in_channels")
-    step.counts(step.axis(step.output, 1), step.shape(step.output)[1], "out_channels")
-    for kernel in step.blocks(weight):
-        if kernel.dims[0] > 1:
-            step.units.freeze(kernel.ids, KERNEL)
-            step.end(kernel.ids)
+    _close_convolution(step, x, weight, step.axis(x, 1))
 
 
 def recurrent(step: Step) -> None:
@@ -111,12 +111,20 @@ def _grouped(step: Step, x: Ref, weight: Ref, bias: Ref | None, groups: int, tra
 
 
 def attention(step: Step) -> None:
-    """Fused attention (q, k, v): batch, heads, positions, width. The default scale is computed from the width."""
+    """Fused attention (q, k, v): batch, heads, positions, width; the default scale, from the width, is replayed."""
     q, k, v = (step.arg(i) for i in range(3))
-    width = [b.ids for ref in (q, k) for b in step.blocks(ref) if b.dims == (3,)]
-    if step.call.kwargs.get("scale") is None:
-        for ids in width:
-            step.freeze(ids, "the default scale of attention is computed from this width")
+    if step.shape(q)[1] != step.shape(k)[1]:
+        _grouped_queries(step, q, k, v)
+    else:
+        _queries(step, q, k, v)
+    heads = step.axis(step.output, 1)
+    for output, ref in enumerate(step.call.outputs[1:], 1):  # the log of each head's sum
+        if ref is not None and heads is not None and step.shape(ref)[1:2] == heads.shape:
+            step.carry([Block((1,), heads)], output)
+
+
+def _queries(step: Step, q: Ref, k: Ref, v: Ref) -> None:
+    """As many heads of the keys and values as of the queries; the width of q and k is summed over."""
     names: list[list[Name]] = [["b", "h", "i", "k"], ["b", "h", "j", "k"], ["b", "h", "j", "d"]]
     mask = step.call.kwargs.get("attn_mask")  # what is added to the scores, such as a bias of each head
     if isinstance(mask, Ref):
@@ -124,7 +132,17 @@ def attention(step: Step) -> None:
         shape = step.shape(mask)
         names.append([name if n > 1 else None for name, n in zip(scores[4 - len(shape) :], shape)])
     equate(step, [q, k, v, mask], names, ["b", "h", "i", "d"])
-    heads = step.axis(step.output, 1)
-    for output, ref in enumerate(step.call.outputs[1:], 1):  # the log of each head's sum
-        if ref is not None and heads is not None and step.shape(ref)[1:2] == heads.shape:
-            step.carry([Block((1,), heads)], output)
+
+
+def _grouped_queries(step: Step, q: Ref, k: Ref, v: Ref) -> None:
+    """Each head of the keys and values serves several of the queries, side by side: they go together."""
+    width: list[list[Name]] = [["b", None, "i", "k"], ["b", None, "j", "k"], ["b", None, "j", "d"]]
+    equate(step, [q, k, v], width, ["b", None, "i", "d"])
+    many, *few = (step.axis(ref, 1) for ref in (q, k, v))
+    for heads in few:
+        if many is None or heads is None:
+            return
+        step.units.unite(np.repeat(heads, len(many) // len(heads)), many)
+        step.end(heads)
+    if many is not None:
+        step.carry([*step.blocks(step.output), Block((1,), many)])

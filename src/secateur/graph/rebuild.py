@@ -15,10 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.attention import see_heads
-from secateur.graph.capture import detached
 from secateur.graph.replay import Change, install
+from secateur.graph.twin import as_kind, detached
 
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
+"""Module path -> attribute -> value."""
+
+Kept = Mapping[str, Mapping[int, list[int]]]
+"""Parameter or buffer name -> axis -> the indices that stay."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Parameter or buffer name -> shape."""
+
+LAYOUTS = MappingProxyType({4: torch.channels_last, 5: torch.channels_last_3d})
+"""Number of axes -> the memory format that has the channels last."""
 
 
 def rebuild(
@@ -56,7 +66,7 @@ def share(model: nn.Module, tensors: Mapping[str, Tensor] = MappingProxyType({})
     return rebuild(model, {**dict(model.named_parameters()), **tensors})
 
 
-def narrow(model: nn.Module, kept: Mapping[str, Mapping[int, list[int]]]) -> dict[str, Tensor]:
+def narrow(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
     """The tensors that a cut changes, each with only the indices that stay."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
@@ -72,16 +82,42 @@ def set_attributes(model: nn.Module, attributes: Attributes) -> None:
             setattr(module, name, list(value) if isinstance(held, list) and isinstance(value, tuple) else value)
 
 
-def as_kind(new: Tensor, old: Tensor) -> Tensor:
-    """`new` as what `old` is: a parameter that does or does not want gradients, or a plain buffer."""
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, requires_grad=old.requires_grad)
-    return new
+def attributes_to_json(attributes: Attributes) -> dict[str, dict[str, int | list[int]]]:
+    """Plain values."""
+    return {
+        module: {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
+        for module, held in attributes.items()
+    }
+
+
+def attributes_from_json(value: Mapping[str, Mapping[str, int | list[int]]]) -> Attributes:
+    """What `attributes_to_json` gave.
+
+    >>> attributes = {"conv": {"out_channels": 9}, "pool": {"output_size": (1, 1)}}
+    >>> attributes_from_json(attributes_to_json(attributes)) == attributes
+    True
+    """
+    return {
+        module: {name: tuple(item) if isinstance(item, list) else item for name, item in held.items()}
+        for module, held in value.items()
+    }
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter and buffer, tied ones once."""
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def layout_of(tensor: Tensor) -> torch.memory_format | None:
+    """The format with the channels last in which a tensor lies, if it does."""
+    layout = LAYOUTS.get(tensor.ndim)
+    if layout is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=layout):
+        return None
+    return layout
 
 
 def _take(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    last = last and not tensor.is_contiguous()
+    layout = layout_of(tensor)
     for dim, indices in dims.items():
         tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+    return tensor if layout is None else tensor.contiguous(memory_format=layout)

@@ -6,11 +6,16 @@ Immutable, printable, and the same after a round trip through JSON.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
+
+from secateur.graph.costs import Costs, Product, Stays, UnitCost
+from secateur.graph.overview import overview
+from secateur.graph.units import Split
 
 Keep = Sequence[Sequence[int]]
 """For each group, the indices of the units that stay, ascending."""
@@ -18,11 +23,12 @@ Keep = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A parameter or buffer of the model."""
+    """A parameter or buffer; `itemsize` is the bytes of one of its numbers in a saved file, 0 if it is not saved."""
 
     name: str
     shape: tuple[int, ...]
     parameter: bool
+    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Group:
     size: int
     slots: tuple[Slot, ...]
     inexact: str = ""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Dotted names of the modules whose tensors a cut of this group changes; "" is the model itself."""
+        return tuple(dict.fromkeys(slot.tensor.rpartition(".")[0] for slot in self.slots))
 
 
 @dataclass(frozen=True)
@@ -92,18 +103,19 @@ class Size:
 
 @dataclass(frozen=True)
 class Groups:
-    """Every channel group of a model, what may not be cut and why, and the integers that follow a cut.
+    """Every channel group of a model, what may not be cut and why, what it all costs, and what follows a cut.
+
+    `products` are the MACs of one pass of the example inputs, and `ints` and `sizes` the integers that follow.
 
     >>> from torch import nn, zeros
     >>> from secateur.graph.groups import find_groups
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> print(find_groups(net, zeros(1, 4)))
-    1 group, 8 units; 56 of 58 parameters (96.6 %) can shrink
-      0  8 units  made by 0.weight; read by 2.weight; scaled by 0.bias
-    cannot change:
-      0.weight axis 1: meets an axis that cannot be cut, such as the model's input or positions \
-(aten.addmm.default in 0)
-      2.weight axis 0, 2.bias axis 0: reaches the model's output
+    >>> groups = find_groups(net, zeros(1, 4))
+    >>> groups.params, groups.macs, groups.unit_costs
+    (58, 48, (UnitCost(params=7, macs=6, bytes=28),))
+    >>> keep = [(0, 3, 5)]
+    >>> groups.params_left(keep), groups.macs_left(keep)
+    (23, 18)
     """
 
     groups: tuple[Group, ...]
@@ -111,6 +123,8 @@ class Groups:
     ints: tuple[Int, ...]
     sizes: tuple[Size, ...]
     tensors: tuple[TensorInfo, ...]
+    products: tuple[Product, ...]
+    split: Split
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -118,16 +132,46 @@ class Groups:
         sizes = [group.size for group in self.groups]
         return tuple(sum(sizes[:i]) for i in range(len(sizes) + 1))
 
+    def stays(self, keep: Keep) -> Stays:
+        """`[unit]` -> whether it stays, when all units are counted through; one entry more, at -1, for all others."""
+        stays = np.zeros(self.offsets[-1] + 1, np.bool_)
+        stays[-1] = True
+        for offset, units in zip(self.offsets[:-1], keep, strict=True):
+            stays[offset + np.asarray(units, np.int64)] = True
+        return stays
+
     @property
     def params(self) -> int:
         """Parameters of the whole model."""
         return sum(math.prod(t.shape) for t in self.tensors if t.parameter)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the whole model, for the batch of the example inputs."""
+        return self.costs.macs(self.costs.whole)
+
+    @property
     def prunable_params(self) -> int:
-        """Parameters in tensors that shrink when some group is cut."""
-        touched = {slot.tensor for group in self.groups for slot in group.slots}
+        """Parameters in tensors that shrink when some group is cut; one of a single unit cannot be."""
+        touched = {slot.tensor for group in self.groups if group.size > 1 for slot in group.slots}
         return sum(math.prod(t.shape) for t in self.tensors if t.parameter and t.name in touched)
+
+    @property
+    def prunable_macs(self) -> int:
+        """MACs in products that get smaller when some group is cut."""
+        single = {offset for offset, group in zip(self.offsets, self.groups) if group.size == 1} | {-1}
+        values = zip(self.products, self.costs.products(self.costs.whole).tolist())
+        return sum(macs for product, macs in values if any(not single.issuperset(axis) for axis in product.axes))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The costs for any units that stay: for a search, which asks often."""
+        return Costs(self)
+
+    @cached_property
+    def unit_costs(self) -> tuple[UnitCost, ...]:
+        """For each group, what goes when one of its units alone is cut from the whole model."""
+        return tuple(self.costs.of_unit(offset) for offset in self.offsets[:-1])
 
     def kept(self, keep: Keep) -> dict[str, dict[int, list[int]]]:
         """For each tensor and axis that a plan touches, the indices that stay, ascending."""
@@ -153,16 +197,23 @@ class Groups:
         }
 
     def params_left(self, keep: Keep) -> int:
-        """Parameters after the cut, counted from the shapes."""
-        shapes = self.shapes(keep)
-        return sum(math.prod(shapes[t.name]) for t in self.tensors if t.parameter)
+        """Parameters after the cut."""
+        return self.costs.params(self.stays(keep))
+
+    def macs_left(self, keep: Keep) -> int:
+        """MACs of the cut model for the batch of the example inputs, as `measure.count_macs` counts them.
+
+        They are those of the ops that the whole model runs; a cut model that takes another path can have others: where
+        `einsum` meets an axis that has become 1 long, or Python decides by values.
+        """
+        return self.costs.macs(self.stays(keep))
 
     def attributes(self, keep: Keep) -> dict[str, dict[str, int | tuple[int, ...]]]:
         """Module path -> attribute -> its value after the cut, for those that change."""
-        stays = self._stays(keep)
+        stays = self.stays(keep)
         out: dict[str, dict[str, int | tuple[int, ...]]] = {}
         for item in self.ints:
-            left = sum(unit in stays for unit in item.units)
+            left = int(stays[list(item.units)].sum())
             if left == len(item.units):
                 continue
             held = out.setdefault(item.module, {})
@@ -176,25 +227,26 @@ class Groups:
 
     def replays(self, keep: Keep) -> dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]]:
         """Module path -> (function, ordinal) -> which number -> its value after the cut, as `graph.replay` takes it."""
-        stays = self._stays(keep)
+        stays = self.stays(keep)
         out: dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]] = {}
         for item in self.sizes:
-            left = sum(unit in stays for unit in item.units) if item.constant is None else item.constant
+            left = int(stays[list(item.units)].sum()) if item.constant is None else item.constant
             out.setdefault(item.module, {}).setdefault((item.function, item.ordinal), {})[item.place] = left
         return out
 
-    def _stays(self, keep: Keep) -> set[int]:
-        return {self.offsets[g] + unit for g, units in enumerate(keep) for unit in units} | {-1}
-
     def to_json(self) -> dict[str, Any]:
         """Plain values; index lists are kept as runs `[first, step, count]`."""
-        value = asdict(self)
-        for group in value["groups"]:
-            for slot in group["slots"]:
-                width = len(slot["index"][0])
-                slot["index"] = {"width": width, "runs": _to_runs([i for spots in slot["index"] for i in spots])}
+        value = asdict(replace(self, groups=(), products=()))
+        value["groups"] = [
+            {"name": g.name, "size": g.size, "slots": [_slot_to(s) for s in g.slots], "inexact": g.inexact}
+            for g in self.groups
+        ]
         for item in (*value["ints"], *value["sizes"]):
             item["units"] = _to_runs(item["units"])
+        value["products"] = [
+            {"module": p.module, "constant": p.constant, "axes": [_to_runs(axis) for axis in p.axes]}
+            for p in self.products
+        ]
         return value
 
     @classmethod
@@ -212,34 +264,22 @@ class Groups:
             Size(s["module"], s["function"], s["ordinal"], tuple(s["place"]), _from_runs(s["units"]), s["constant"])
             for s in value["sizes"]
         )
-        tensors = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["parameter"]) for t in value["tensors"])
-        return cls(groups, tuple(Frozen(**f) for f in value["frozen"]), ints, sizes, tensors)
+        tensors = tuple(
+            TensorInfo(t["name"], tuple(t["shape"]), t["parameter"], t["itemsize"]) for t in value["tensors"]
+        )
+        products = tuple(
+            Product(p["module"], p["constant"], tuple(_from_runs(axis) for axis in p["axes"]))
+            for p in value["products"]
+        )
+        return cls(groups, tuple(Frozen(**f) for f in value["frozen"]), ints, sizes, tensors, products, value["split"])
 
     def __str__(self) -> str:
-        count, total = len(self.groups), self.params
-        share = 100 * self.prunable_params / total if total else 0.0
-        lines = [
-            f"{count} group{'s' * (count != 1)}, {self.offsets[-1]} units; "
-            f"{self.prunable_params:,} of {total:,} parameters ({share:.1f} %) can shrink"
-        ]
-        width = max((len(g.name) for g in self.groups), default=0)
-        for group in self.groups:
-            parts = [_who("made", group, "write"), _who("read", group, "read"), _who("scaled", group, "scale")]
-            note = f"; inexact: {group.inexact}" if group.inexact else ""
-            lines.append(f"  {group.name:<{width}}  {group.size} units  {'; '.join(p for p in parts if p)}{note}")
-        if self.frozen:
-            lines.append("cannot change:")
-        for reason in Counter(f.reason for f in self.frozen):
-            axes = [f"{f.tensor} axis {f.dim}" for f in self.frozen if f.reason == reason]
-            more = f" and {len(axes) - 4} more" if len(axes) > 4 else ""
-            lines.append(f"  {', '.join(axes[:4])}{more}: {reason}")
-        return "\n".join(lines)
+        return overview(self)
 
 
-def _who(verb: str, group: Group, role: str) -> str:
-    names = [slot.tensor for slot in group.slots if slot.role == role]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{verb} by {', '.join(names[:3])}{more}" if names else ""
+def _slot_to(slot: Slot) -> dict[str, Any]:
+    index = {"width": len(slot.index[0]), "runs": _to_runs([i for places in slot.index for i in places])}
+    return {"tensor": slot.tensor, "dim": slot.dim, "role": slot.role, "index": index}
 
 
 def _slot_from(value: Mapping[str, Any]) -> Slot:

@@ -2,8 +2,8 @@
 
 `x.view(n, 12, 64)`, `x.shape[-1] // self.heads`, `x.split(96)`, `x[:, :48]`, `q * q.shape[-1] ** -0.5`: the probe finds
 the calls whose sizes are not as predicted, or whose factors are not as before, and after a cut a hook on the module
-that makes the call puts the right ones in. The module keeps its class, its parameters' names and its autograd; sizes
-that no cut changes (the batch) stay as the caller has them.
+that makes the call puts the right ones in. The module keeps its class, its parameters' names and its autograd. Only the
+numbers that come out wrong are given: the batch, and whatever else Python gets right, stays as the caller has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 SIZES = MappingProxyType(
     dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"), 1)
@@ -24,12 +24,17 @@ SIZES = MappingProxyType(
 )
 """Functions that take the sizes of their result, and the position of the first."""
 
+FOLLOWING = frozenset(("view", "reshape"))
+"""Of those, the ones that find out one size by themselves."""
+
+ATTENTION = "scaled_dot_product_attention"
+
 PIECES = frozenset(("split", "chunk", "split_with_sizes"))
 REPLAYABLE = frozenset((*SIZES, *PIECES, "unflatten", "__getitem__", "narrow", "pad"))
 
 Place = tuple[str, int]
-"""Which number: ("size", output axis), ("piece", number), ("start" or "stop", number of the slice), ("pad", position),
-or ("float", position) for a factor that was computed from sizes and must stay what it was."""
+"""Which number: ("size", output axis), ("piece", number), ("start" or "stop", number of the slice), ("pad", position);
+or a factor that was computed from sizes and must stay what it was: ("float", position), ("scale", 0) of attention."""
 
 Sizes = dict[Place, int | float]
 Change = Mapping[tuple[str, int], Mapping[Place, int | float]]
@@ -38,12 +43,12 @@ Change = Mapping[tuple[str, int], Mapping[Place, int | float]]
 
 @dataclass(frozen=True)
 class PythonCall:
-    """A torch function that Python called, the how manieth of its name in one forward of `module`, and its floats."""
+    """A torch function that Python called, the how manieth of its name in one forward of `module`, and its factors."""
 
     module: str
     function: str
     ordinal: int
-    floats: tuple[tuple[int, float], ...]
+    factors: tuple[tuple[Place, float], ...]
 
     @property
     def site(self) -> tuple[str, str, int]:
@@ -72,8 +77,7 @@ class PythonCalls(TorchFunctionMode):
             counts[name] += 1
         before, self.current = self.current, len(self.made)
         module, counts = self._counts[-1]
-        floats = tuple((i, item) for i, item in enumerate(args) if isinstance(item, float))
-        self.made.append(PythonCall(module, name, counts[name] - 1, floats))
+        self.made.append(PythonCall(module, name, counts[name] - 1, tuple(_factors(name, args, kwargs or {}).items())))
         try:
             return self.execute(self.recorder, func, args, kwargs or {})
         finally:
@@ -166,18 +170,53 @@ def from_json(rows: Sequence[Sequence[Any]]) -> dict[str, dict[tuple[str, int], 
     return out
 
 
+def missed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Mapping[Place, Any]) -> set[Place]:
+    """Which of the wanted numbers the call is not given; a size of -1 is whatever it must be."""
+    held = _given(func, args, kwargs)
+    return {place for place, value in wanted.items() if held.get(place) not in (-1, value)}
+
+
+def _given(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sizes:
+    """The numbers of a call by their places; pieces are only given all at once."""
+    name = func.__name__
+    out: Sizes = {}
+    if name == "__getitem__":
+        for number, item in enumerate(item for item in _indices(args[1]) if _is_piece(item)):
+            out |= {("start", number): item.start, ("stop", number): item.stop}
+    elif name == "narrow" and len(args) > 3:
+        out = {("start", 0): args[2], ("stop", 0): args[2] + args[3]}
+    elif name == "pad":
+        out = {("pad", i): n for i, n in enumerate(args[1])}
+    elif name == "unflatten":
+        out = {("size", args[1] % args[0].ndim + i): n for i, n in enumerate(args[2])}
+    elif name in SIZES:
+        out = {("size", d): n for d, n in enumerate(_sizes(args, kwargs, SIZES[name])[0])}
+    return {place: n for place, n in {**out, **_factors(name, args, kwargs)}.items() if n is not None}
+
+
+def _factors(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Place, float]:
+    """The factors of a call, which may have been computed from sizes, as attention's scale is if none is given."""
+    factors: dict[Place, float] = {("float", i): item for i, item in enumerate(args) if isinstance(item, float)}
+    if name == ATTENTION and kwargs.get("scale") is None:
+        query = args[0] if args else kwargs["query"]
+        factors["scale", 0] = query.shape[-1] ** -0.5
+    return factors
+
+
 def changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], change: Mapping[Place, int | float]) -> Any:
     """The call with its new numbers."""
     name, args, kwargs = func.__name__, list(args), dict(kwargs)
     for (place, position), value in change.items():
         if place == "float":
             args[position] = value
+        elif place == "scale":
+            kwargs["scale"] = value
     if name in PIECES:
         key = next((k for k in ("split_size", "split_size_or_sections", "split_sizes", "chunks") if k in kwargs), "")
         if key:
             kwargs.pop(key)
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        return torch.split(args[0], [int(change["piece", i]) for i in range(len(change))], dim)
+        return _in_pieces(name, args[0], [int(change["piece", i]) for i in range(len(change))], dim)
     if name == "__getitem__":
         args[1] = _sliced(args[1], change)
     elif name == "narrow":
@@ -189,15 +228,37 @@ def changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], change: M
         first = args[1] % args[0].ndim
         args[2] = [n if n == -1 else change.get(("size", first + i), n) for i, n in enumerate(args[2])]
     elif name in SIZES:
-        _resize(args, kwargs, SIZES[name], change)
+        _resize(args, kwargs, name, change)
     return func(*args, **kwargs)
 
 
-def _resize(args: list[Any], kwargs: dict[str, Any], first: int, change: Mapping[Place, int | float]) -> None:
+def _in_pieces(name: str, whole: torch.Tensor, sizes: list[int], dim: int) -> Any:
+    """`whole` in pieces; to modes that watch, as the analysis of a second cut, it is the call that it stands for."""
+
+    def pieces(x: torch.Tensor, sizes: list[int], dim: int) -> Any:
+        return torch.split(x, sizes, dim)
+
+    pieces.__name__ = name
+    if has_torch_function((whole,)):
+        return handle_torch_function(pieces, (whole,), whole, sizes, dim)
+    return pieces(whole, sizes, dim)
+
+
+def _sizes(args: Sequence[Any], kwargs: Mapping[str, Any], first: int) -> tuple[list[Any], str | None, bool]:
+    """The sizes in a call, by which keyword they are given, and whether one by one."""
     key = next((k for k in ("size", "shape") if k in kwargs), None)
-    spread = key is None and isinstance(args[first], int | torch.SymInt)
-    sizes = kwargs[key] if key is not None else args[first:] if spread else args[first]
+    spread = key is None and len(args) > first and isinstance(args[first], int | torch.SymInt)
+    sizes = kwargs[key] if key is not None else args[first:] if spread else args[first] if len(args) > first else ()
+    return list(sizes) if isinstance(sizes, Sequence) else [], key, spread
+
+
+def _resize(args: list[Any], kwargs: dict[str, Any], name: str, change: Mapping[Place, int | float]) -> None:
+    """New sizes; the first of a view's follows from the others, so that it may be the batch times heads."""
+    first = SIZES[name]
+    sizes, key, spread = _sizes(args, kwargs, first)
     new: list[Any] = [n if n == -1 else change.get(("size", d), n) for d, n in enumerate(sizes)]
+    if name in FOLLOWING and -1 not in new:
+        new[next(d for d in range(len(new)) if ("size", d) in change)] = -1
     if key is not None:
         kwargs[key] = new
     elif spread:
@@ -206,13 +267,20 @@ def _resize(args: list[Any], kwargs: dict[str, Any], first: int, change: Mapping
         args[first] = new
 
 
+def _indices(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _is_piece(item: Any) -> bool:
+    return isinstance(item, slice) and item != slice(None)
+
+
 def _sliced(index: Any, change: Mapping[Place, int | float]) -> Any:
     """The index with the slices that are not trivial given new ends, counted in order."""
-    whole = index if isinstance(index, tuple) else (index,)
     out: list[Any] = []
     number = 0
-    for item in whole:
-        if isinstance(item, slice) and item != slice(None):
+    for item in _indices(index):
+        if _is_piece(item):
             start = change.get(("start", number), item.start) if item.start is not None else None
             stop = change.get(("stop", number), item.stop) if item.stop is not None else None
             item = slice(start, stop, item.step)

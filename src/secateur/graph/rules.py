@@ -122,7 +122,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | _each("max min argmax argmin prod any all median", statistics.reduction(exact=False))
     # pooling, interpolation, padding in space
     | {name: spatial(count) for count, names in _SPATIAL.items() for name in names.split()}
-    | _each("roi_align roi_pool grid_sampler_2d grid_sampler_3d", lookups.sampled)
+    | _each("roi_align roi_pool", lookups.sampled)
+    | _each("grid_sampler_2d grid_sampler_3d", spec("n c ..., n ... -> n c ..."))
     # moves
     | _each("view unsafe_view reshape reshape_alias", views.view)
     | {"expand": views.expand, "repeat": views.repeat, "as_strided": views.restride}
@@ -140,6 +141,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     # look-ups and constants
     | {"embedding": lookups.embedding, "index": lookups.index, "index_select": lookups.index_select}
     | _each("gather scatter scatter_add", lookups.gather)
+    | _each("index_add index_copy index_reduce", lookups.index_add)
     | _each("topk kthvalue sort argsort", lookups.ranked)
     | _each("tril triu", lookups.triangle)
     | _each("zeros ones full empty new_zeros new_ones new_full new_empty", constant)

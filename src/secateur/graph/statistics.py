@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from secateur.graph import moves
-from secateur.graph.axes import Block, Name, Rule, Step, aligned, equate, letters, spec
+from secateur.graph.axes import Block, Name, Rule, Step, aligned, equate, letters
 from secateur.graph.capture import Ref, op_name
 
 MIXES = "the result is a statistic over these units"
-_BATCH_NORM = spec("n c ..., c, c, c, c -> n c ...")
 
 
 def batch_norm(step: Step) -> None:
-    """(x, weight, bias, running mean, running variance), each unit by itself."""
-    _BATCH_NORM(step)
+    """(x, weight, bias, running mean, running variance), each unit by itself; the others may share a statistic."""
+    x: Ref = step.arg(0)
+    names = letters(len(step.shape(x)))
+    by_unit = [ref for ref in step.operands[1:] if len(step.shape(ref)) == 1]
+    schema = [argument.name for argument in step.call.op._schema.arguments]
+    if "training" in schema and step.arg(schema.index("training")):  # as of weights that are standardised
+        _statistic(step, x, [d for d in range(len(names)) if d != 1])
+    equate(step, [x, *by_unit], [names, *([names[1:2]] * len(by_unit))], names)
     units = step.axis(step.output, 1)
     for output, ref in enumerate(step.call.outputs[1:3], 1):  # the batch's mean and variance
         if ref is not None and units is not None and step.shape(ref) == units.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 Ids = NDArray[np.int64]
+
+Split = Literal["outer", "inner"]
+"""Of an axis that a reshape splits, such as into heads x width, which factor can be cut: heads, or the width of all."""
 
 
 class Units:

@@ -14,6 +14,8 @@ from secateur.graph.moves import relabel
 Segment = tuple[tuple[int, ...], tuple[int, ...]]
 """Old axes and the new ones that they became."""
 
+MERGED = "a view merges this axis with another, which is the one that can be cut"
+
 
 def view(step: Step) -> None:
     """view, reshape, flatten: old and new axes fall into segments of equal size; units follow their segment.
@@ -34,12 +36,12 @@ def view(step: Step) -> None:
         after = [d for part in own for d in part[1]]
         met = [other for other in blocks if other is not block and set(other.dims) & set(before)]
         held = [other for other in met if not _is_free(step, other)]
-        if len(held) == 1 and not _is_free(step, block) and len(block.dims) == len(held[0].dims) == 1:
-            if block.dims < held[0].dims:
-                out.append(_merged(step, block, held[0], parts, new))
+        if held and not _is_free(step, block) and all(len(other.dims) == 1 for other in (block, *held)):
+            if all(block.dims < other.dims for other in held):
+                out.append(_merged(step, block, held, parts, new))
             continue
         if met and (_is_free(step, block) or held):
-            continue  # More than two axes with units merge into one; `close` freezes all.
+            continue  # Axes that were split merge with others; `close` freezes all.
         sparse = block.ids.reshape([old[d] if d in block.dims else 1 for d in before])
         ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])
         out.append(_trim(Block(tuple(after), ids)))
@@ -50,16 +52,27 @@ def view(step: Step) -> None:
     step.carry(out)
 
 
-def _merged(step: Step, outer: Block, inner: Block, parts: Sequence[Segment], new: Sequence[int]) -> Block:
-    """Two axes become one: each pair of indices is a cell, and which axis a cut of cells follows is settled later."""
-    own = [part for part in parts if set(part[0]) & {*outer.dims, *inner.dims}]
+def _merged(step: Step, outer: Block, inner: Sequence[Block], parts: Sequence[Segment], new: Sequence[int]) -> Block:
+    """Axes become one: each pair of indices is a cell, and which axis a cut of cells follows is settled later.
+
+    Of more than two, such as the channels and the positions of a kernel, only the outer one stays prunable.
+    """
+    dims = {d for block in (outer, *inner) for d in block.dims}
+    own = [part for part in parts if set(part[0]) & dims]
     before, after = [d for part in own for d in part[0]], [d for part in own for d in part[1]]
-    cells = step.units.fresh(outer.ids.size * inner.ids.size).reshape(outer.ids.size, inner.ids.size)
-    step.field.merges.append((cells, outer.ids, inner.ids))
+    rest = inner[0].ids
+    for block in inner:
+        step.end(block.ids)
+        if len(inner) > 1:
+            step.freeze(block.ids, MERGED)
+    if len(inner) > 1:
+        rest = step.units.fresh(math.prod(block.ids.size for block in inner))
+        step.freeze(rest, MERGED)
+    cells = step.units.fresh(outer.ids.size * rest.size).reshape(outer.ids.size, rest.size)
+    step.field.merges.append((cells, outer.ids, rest))
     step.end(outer.ids)
-    step.end(inner.ids)
     old = step.shape(step.arg(0))
-    sparse = cells.reshape([old[d] if d in (*outer.dims, *inner.dims) else 1 for d in before])
+    sparse = cells.reshape([old[d] if d in dims else 1 for d in before])
     ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])
     return _trim(Block(tuple(after), ids))
 

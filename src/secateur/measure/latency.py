@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import nn
 
-from secateur.graph.capture import as_arguments, map_tensors
+from secateur.graph.nested import as_arguments, map_tensors
 from secateur.measure.accuracy import check_device, evaluating
 from secateur.measure.macs import batch_size
 

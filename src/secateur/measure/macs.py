@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from secateur.errors import CaptureError
-from secateur.graph.capture import Call, Ref, Trace, capture, tensors_in
+from secateur.graph.capture import Call, Ref, Trace, capture
+from secateur.graph.nested import tensors_in
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.capture import map_tensors
+from secateur.graph.nested import map_tensors
 from secateur.measure.accuracy import Accuracy, accuracy, check_device
 from secateur.measure.latency import Latency, latency
 from secateur.measure.macs import Macs, count_macs

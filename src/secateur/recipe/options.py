@@ -5,6 +5,8 @@ Whatever is wrong is raised as the reading of a recipe file raises it, in one se
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +112,12 @@ def inspect_model(
 ) -> Groups:
     """The channel groups of the model `source`."""
     return find_groups(open_model(source, weights, classes), example_input(source, shape))
+
+
+def groups_json(groups: Groups) -> str:
+    """`Groups.to_json` with what of the model can be cut and the cost of a unit of each group, as one line."""
+    shares = {name: getattr(groups, name) for name in ("params", "prunable_params", "macs", "prunable_macs")}
+    return json.dumps({**shares, "unit_costs": [asdict(cost) for cost in groups.unit_costs], **groups.to_json()})
 
 
 def plot_sparsity(table: SparsityTable, path: Path) -> None:

@@ -19,8 +19,9 @@ from secateur.allocate.sparsity_guided import SparsityGuided
 from secateur.allocate.uniform import Uniform
 from secateur.errors import ProofError, RecipeError
 from secateur.graph.groups import find_groups
+from secateur.graph.rebuild import tensor_shapes
 from secateur.graph.records import Groups
-from secateur.recipe.folder import Architecture
+from secateur.recipe.architecture import Architecture
 from secateur.recipe.journal import Outcome
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recover.history import EpochRow
@@ -87,7 +88,8 @@ def prepare(recipe: Recipe) -> tuple[Setting, State]:
     # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
     trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
     setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes))
-    return setting, State(built.model.to(device).eval(), Architecture(built.spec, len(data.classes), {}))
+    architecture = Architecture(built.spec, len(data.classes), {}, uncut=tensor_shapes(built.model))
+    return setting, State(built.model.to(device).eval(), architecture)
 
 
 def take(

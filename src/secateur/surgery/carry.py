@@ -17,10 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from secateur.errors import PlanError
-from secateur.graph.capture import tensors_in
-
-Kept = Mapping[str, Mapping[int, list[int]]]
-"""Tensor name -> axis -> the indices that stay."""
+from secateur.graph.nested import tensors_in
+from secateur.graph.rebuild import Kept, Shapes, tensor_shapes
 
 Trainer = TypeVar("Trainer", bound=Optimizer)
 
@@ -84,7 +82,7 @@ def carry_optimizer(optimizer: Trainer, model: nn.Module, smaller: nn.Module, ke
     return twin
 
 
-def find_copies(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+def find_copies(ema: nn.Module, model: nn.Module, shapes: Shapes) -> tuple[str, ...]:
     """The paths in `ema` at which copies of the model lie: modules that have its tensors, by name and shape.
 
     Raises:
@@ -99,11 +97,6 @@ def find_copies(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int
             "torch's AveragedModel, timm's ModelEmaV3 or a deep copy."
         )
     return paths
-
-
-def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter and buffer, tied ones once."""
-    return {name: tuple(t.shape) for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def _family(optimizer: Optimizer) -> list[Optimizer]:

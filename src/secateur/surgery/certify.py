@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import headwise, see_heads
-from secateur.graph.capture import Call, Recorder, Value, capture, map_tensors, recording, steps
+from secateur.graph.capture import Call, Recorder, Value, capture, recording, steps
 from secateur.graph.compare import first_odd
+from secateur.graph.nested import map_tensors
 from secateur.graph.records import Groups
 from secateur.graph.replay import PythonCalls
+from secateur.graph.twin import empty_caches
 from secateur.surgery.cut import apply, check_fits
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
+from secateur.surgery.ends import Ends, GroupErrors, group_errors
 from secateur.surgery.shuffle import shaken, shuffled
 from secateur.surgery.simulate import Zeroing, analyse_run, simulate, stays_of
 
@@ -39,7 +44,8 @@ CONTROLS = 4
 class Certificate:
     """What was checked, on which plan, and how far off it was; errors are shares of the largest output.
 
-    `guilty` are the groups whose shuffle alone moved the output, if any; `inexact` those under a norm.
+    `guilty` are the groups whose shuffle alone moved the output, if any; `inexact` those under a norm. `errors` says
+    for each group how far apart, where its units end in a sum, the cut model and the masked one are.
     """
 
     plan: str
@@ -48,6 +54,7 @@ class Certificate:
     guilty: tuple[str, ...]
     masked_error: float
     masked_effect: float
+    errors: GroupErrors
     shapes: str
     params: int
     params_predicted: int
@@ -62,6 +69,7 @@ class Certificate:
     def rows(self) -> tuple[tuple[str, str, bool], ...]:
         """(check, value, passed)."""
         control = stands_clear(self.control_error, self.permutation_error) or self.prunable_share == 0
+        first = [f", first at {name}" for name, off in self.errors if off > TOLERANCE][:1]
         return (
             (
                 "shuffling all units leaves the output",
@@ -71,7 +79,7 @@ class Certificate:
             ("a shuffle with one slot left out is noticed", _off(self.control_error), control),
             (
                 f"cut model equals masked model (the cut moves the output by {self.masked_effect:.2g})",
-                _off(self.masked_error),
+                _off(self.masked_error) + "".join(first),
                 self.masked_error < TOLERANCE,
             ),
             ("every op has the predicted shape", self.shapes or "all", not self.shapes),
@@ -97,7 +105,8 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**self.__dict__, "guilty": list(self.guilty), "inexact": list(self.inexact)}
+        errors = [list(row) for row in self.errors]
+        return {**self.__dict__, "guilty": list(self.guilty), "errors": errors, "inexact": list(self.inexact)}
 
 
 def stands_clear(control: float, permutation: float) -> bool:
@@ -128,10 +137,10 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     True
     """
     check_fits(model, plan)
-    with Double():
+    with Double(), empty_caches():
         twin, inputs = doubled(model), map_tensors(as_double, example_inputs)
         plain = outputs(twin, inputs) if any(headwise(module) for module in twin.modules()) else None
-        analysis = analyse_run(twin, inputs)
+        analysis = analyse_run(twin, inputs, plan.groups.split)
         see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
         whole = outputs(twin, inputs, analysis.decisions)
         cut = _cut_against_masked(twin, doubled(smaller), plan, inputs, analysis, whole)
@@ -145,6 +154,7 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
         guilty=moved.guilty,
         masked_error=max(cut.error, seen),
         masked_effect=cut.effect,
+        errors=cut.errors,
         shapes=cut.shapes,
         params=sum(p.numel() for p in smaller.parameters()),
         params_predicted=plan.params_left,
@@ -155,10 +165,11 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
 
 @dataclass(frozen=True)
 class _Cut:
-    """Cut against masked (`error`), masked against uncut (`effect`), and the first odd shape."""
+    """Cut against masked (`error`, and `errors` by group), masked against uncut (`effect`), and the first odd shape."""
 
     error: float
     effect: float
+    errors: GroupErrors
     shapes: str
 
 
@@ -172,29 +183,45 @@ def _cut_against_masked(
     every = [tuple(range(group.size)) for group in plan.groups.groups]
     exact = Plan(plan.groups, tuple(e if g.inexact else k for g, k, e in zip(plan.groups.groups, plan.keep, every)))
     follow = analysis.decisions
-    simulation = simulate(twin, exact, analysis)
-    masked = outputs(twin, inputs, follow, lambda _: Zeroing(simulation))
+    simulation, ends = simulate(twin, exact, analysis), [Ends(analysis) for _ in range(3)]
+    masked = outputs(twin, inputs, follow, lambda _: _both(ends[0], Zeroing(simulation)))
     effect = distance(whole, masked)
-    given, shapes = _shapes(twin, smaller, plan, inputs, analysis)
-    if exact.keep == plan.keep:
-        return _Cut(distance(masked, given), effect, shapes)
-    error = distance(masked, outputs(apply(twin, exact), inputs, follow))
-    return _Cut(max(error, distance(outputs(apply(twin, plan), inputs, follow), given)), effect, shapes)
+    given, shapes = _shapes(twin, smaller, plan, inputs, analysis, ends[1])
+    error, seen = distance(masked, given), ends[1]
+    if exact.keep != plan.keep:
+        try:
+            seen = ends[2]
+            error = distance(masked, outputs(apply(twin, exact), inputs, follow, lambda _: seen))
+            error = max(error, distance(outputs(apply(twin, plan), inputs, follow), given))
+        except Exception as failure:  # of the user's forward: it may raise whatever it likes
+            error, shapes = float("inf"), shapes or _stopped(failure)
+    return _Cut(error, effect, group_errors(analysis, stays_of(exact, analysis), ends[0], seen), shapes)
+
+
+@contextlib.contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _stopped(failure: Exception) -> str:
+    first = str(failure).partition("\n")[0]
+    return f"the cut model does not run: {first or type(failure).__name__}"
 
 
 def _shapes(
-    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis
+    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis, ends: Ends
 ) -> tuple[list[Tensor], str]:
     """What the cut model gives, and its first op whose shape is not as predicted; empty if none."""
     recorder = Recorder(PythonCalls())
     try:
-        given = outputs(smaller, inputs, analysis.decisions, lambda copy: recording(copy, recorder))
-    except RuntimeError as error:
-        return [], f"the cut model does not run: {str(error).splitlines()[0]}"
+        given = outputs(smaller, inputs, analysis.decisions, lambda copy: _both(ends, recording(copy, recorder)))
+    except Exception as failure:
+        return [], _stopped(failure)
     odd = _first_odd(recorder.calls, recorder.values, plan, analysis)
     if odd:  # strides, which a cut changes and fake tensors may not have, can lead to other ops
         trace = capture(smaller, inputs)
-        odd = _first_odd(trace.calls, trace.values, plan, analyse(capture(twin, inputs), twin))
+        odd = _first_odd(trace.calls, trace.values, plan, analyse(capture(twin, inputs), twin, split=plan.groups.split))
     return given, odd
 
 

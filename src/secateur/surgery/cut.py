@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.allocate.plan import Plan
 from secateur.errors import PlanError
-from secateur.graph.rebuild import narrow, rebuild
-from secateur.surgery.carry import carry_optimizer, check_optimizer, find_copies, tensor_shapes
+from secateur.graph.rebuild import Kept, narrow, rebuild, tensor_shapes
+from secateur.graph.sharing import share_cut
+from secateur.score.scoring import tensors_of
+from secateur.surgery.carry import carry_optimizer, check_optimizer, find_copies
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainer = TypeVar("Trainer", bound=Optimizer | None)
@@ -51,6 +53,7 @@ def apply(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, e
     """A smaller copy of `model`, of the same classes, with only the units that the plan keeps.
 
     Hooks, parametrizations, tied weights, dtype, device, requires_grad and memory format come along; gradients do not.
+    Parameters that are views on one memory (`nn.Parameter(other.data.t())`) are so again, if the plan cuts them alike.
 
     With `optimizer` or `ema` the result is a `Cut`: the smaller model, and copies of these for it, so that training
     goes on as if the model had always had this size. State with one number per weight (momentum, Adam's moments) is
@@ -67,7 +70,8 @@ def apply(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, e
 
     Raises:
         PlanError: the plan was made for another model; the optimizer has parameters that are not the model's, or state
-            that is not by weight (LBFGS, factored moments); the ema is of another model. Nothing has been done then.
+            that is not by weight (LBFGS, factored moments); the ema is of another model; parameters on one memory
+            are not cut alike. Nothing has been done then.
 
     >>> import torch, secateur as sc
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -91,13 +95,13 @@ def apply(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, e
         check_optimizer(optimizer, model, kept)
     parts, copies = {"model": model}, ["model"]
     if ema is not None:
-        copies += [_join("ema", path) for path in find_copies(ema, model, _shapes(plan))]
+        copies += [_join("ema", path) for path in find_copies(ema, model, shapes_before(plan))]
         parts["ema"] = ema
     # Copied as one, what the parts share is shared by their copies too.
     whole = nn.ModuleDict(parts)
     twin = rebuild(
         whole,
-        {_join(path, name): t for path in copies for name, t in narrow(whole.get_submodule(path), kept).items()},
+        {_join(path, name): t for path in copies for name, t in _narrowed(whole.get_submodule(path), kept).items()},
         {_join(path, name): values for path in copies for name, values in plan.attributes().items()},
         {_join(path, name): change for path in copies for name, change in plan.replays().items()},
     )
@@ -110,7 +114,7 @@ def apply(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None, e
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
     """PlanError unless the model has exactly the tensors, by name and shape, that the plan was made for."""
-    have, want = tensor_shapes(model), _shapes(plan)
+    have, want = tensor_shapes(model), shapes_before(plan)
     if have == want:
         return
     odd = [n for n in [*want, *have] if have.get(n) != want.get(n)]
@@ -122,8 +126,14 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     )
 
 
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def shapes_before(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the model that the plan was made for."""
     return {info.name: info.shape for info in plan.groups.tensors}
+
+
+def _narrowed(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
+    """The tensors that the copy gets: those that the plan cuts, and those that share memory."""
+    return share_cut(tensors_of(model), narrow(model, kept), kept)
 
 
 def _join(path: str, name: str) -> str:

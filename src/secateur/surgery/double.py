@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.graph.capture import duplicate, map_tensors, run, tensors_in
 from secateur.graph.decisions import Decision, Following
+from secateur.graph.nested import map_tensors, tensors_in
 from secateur.graph.rebuild import share
+from secateur.graph.twin import duplicate, run
 
 MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn))
 LOW = frozenset((torch.float32, torch.float16, torch.bfloat16))

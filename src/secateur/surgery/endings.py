@@ -16,8 +16,10 @@ from secateur.errors import ProofError
 from secateur.graph.analysis import Analysis, UnitBlock
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import Contraction, refs_in
-from secateur.graph.capture import Ref, map_tensors, op_name, run, tensors_in
+from secateur.graph.capture import Ref, op_name
+from secateur.graph.nested import map_tensors, tensors_in
 from secateur.graph.rebuild import share
+from secateur.graph.twin import run
 from secateur.graph.units import Ids
 from secateur.surgery.simulate import analyse_run
 from secateur.surgery.varying import Operation, Varying

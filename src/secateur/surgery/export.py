@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from secateur.codec.program import Program, save_program
 from secateur.errors import CaptureError, ProofError
-from secateur.graph.capture import as_arguments, duplicate, map_tensors, run, tensors_in
+from secateur.graph.nested import as_arguments, map_tensors, tensors_in
+from secateur.graph.twin import duplicate, run, slow_attention
 from secateur.surgery.listing import list_ops
 
 
@@ -131,7 +132,7 @@ def _traced(model: nn.Module, example_inputs: Any, rows: int | None) -> Exported
     bound = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(sizes, dict(bound)) if rows is not None else None
     try:
-        with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
+        with torch.no_grad(), slow_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they fear for, the proof looks at
             return torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # tracing runs the user's code, and torch raises many kinds
@@ -197,14 +198,3 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """`nn.MultiheadAttention` without its fused path, which has no gradient; then as it was."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -7,6 +7,7 @@ norm stood there is an `nn.Identity`; in train mode the model is another one the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,17 +56,46 @@ def find_norms(wiring: Wiring, model: nn.Module) -> tuple[tuple[FoldedNorm, ...]
 
 def fold_norms(model: nn.Module, found: tuple[FoldedNorm, ...]) -> None:
     """Fold in place: `model` and its tensors are ours."""
-    for pair in found:
-        norm, layer = model.get_submodule(pair.norm), model.get_submodule(pair.layer)
+    norms = [model.get_submodule(pair.norm) for pair in found]
+    drop_norms(model, (pair.norm for pair in found), (f"{pair.layer}.bias" for pair in found if pair.adds_bias))
+    for pair, norm in zip(found, norms):
+        layer = model.get_submodule(pair.layer)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         assert isinstance(layer.weight, Tensor)
+        assert isinstance(layer.bias, Tensor)
         scale, offset = _affine(norm)
         with torch.no_grad():
             weight = layer.weight * _spread(scale, layer)
-            bias = layer.bias * scale + offset if isinstance(layer.bias, Tensor) else offset
+            bias = layer.bias * scale + offset
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        model.set_submodule(pair.norm, nn.Identity())
+
+
+def drop_norms(model: nn.Module, norms: Iterable[str], biases: Iterable[str]) -> None:
+    """What folding does to the modules, in place: `nn.Identity` in place of norms, and new biases, of zeros.
+
+    Args:
+        norms: paths of modules; each goes wherever it stands.
+        biases: names of parameters of linear layers and convolutions that have none.
+
+    Raises:
+        AttributeError: the model has no such module, or none that can have a bias.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    >>> drop_norms(net, ["1"], ["0.bias"])
+    >>> net[1], net[0].bias.shape
+    (Identity(), torch.Size([4]))
+    """
+    for name in norms:
+        norm = model.get_submodule(name)
+        for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is norm]:
+            model.set_submodule(path, nn.Identity())
+    for name in biases:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        assert isinstance(width, int)
+        assert isinstance(layer.weight, Tensor)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(width), requires_grad=layer.weight.requires_grad)
 
 
 def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.allocate.plan import Plan
 from secateur.graph import replay
-from secateur.graph.rebuild import Attributes
+from secateur.graph.rebuild import Attributes, Shapes, attributes_from_json, attributes_to_json
 from secateur.graph.replay import Change
 
 
@@ -38,9 +38,9 @@ class Simplification:
     `rounding` is the same, on the example, once the new weights have been rounded to the types of the old ones.
 
     `plans` are the cuts, in order, each for the model as the one before left it. `attributes` and `replays` are what
-    all of it told the modules in the end, as `Architecture.after` takes it. A module of another class and a parameter
-    that was not there cannot be told so: `identities` are the norms that an `nn.Identity` stands for now, `biases` the
-    parameters that were added. With neither, the model is `saveable`.
+    all of it told the modules in the end, `identities` the norms that an `nn.Identity` stands for now, `biases` the
+    parameters that were added, `shapes` and `shapes_left` those of all tensors before and after: all that `save` needs
+    to know beside the model, `save(smaller, folder, plan=record, source=...)`.
     """
 
     params: int
@@ -52,14 +52,11 @@ class Simplification:
     replays: Mapping[str, Change]
     identities: tuple[str, ...]
     biases: tuple[str, ...]
+    shapes: Shapes
+    shapes_left: Shapes
     error: float
     rounding: float
     inputs: int
-
-    @property
-    def saveable(self) -> bool:
-        """Whether the model's source, attributes, replays and tensors say all there is to say."""
-        return not self.identities and not self.biases
 
     def count(self, kind: str) -> int:
         """How many of one kind went."""
@@ -73,13 +70,12 @@ class Simplification:
             "found": [asdict(item) for item in self.found],
             "left": [asdict(item) for item in self.left],
             "plans": [plan.to_json() for plan in self.plans],
-            "attributes": {
-                module: {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
-                for module, held in self.attributes.items()
-            },
+            "attributes": attributes_to_json(self.attributes),
             "replays": replay.to_json(self.replays),
             "identities": list(self.identities),
             "biases": list(self.biases),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shapes_left": {name: list(shape) for name, shape in self.shapes_left.items()},
         }
 
     @classmethod
@@ -89,13 +85,12 @@ class Simplification:
             "found": tuple(Found(**item) for item in value["found"]),
             "left": tuple(Left(**item) for item in value["left"]),
             "plans": tuple(Plan.from_json(plan) for plan in value["plans"]),
-            "attributes": {
-                module: {name: tuple(item) if isinstance(item, list) else item for name, item in held.items()}
-                for module, held in value["attributes"].items()
-            },
+            "attributes": attributes_from_json(value["attributes"]),
             "replays": replay.from_json(value["replays"]),
             "identities": tuple(value["identities"]),
             "biases": tuple(value["biases"]),
+            "shapes": {name: tuple(shape) for name, shape in value["shapes"].items()},
+            "shapes_left": {name: tuple(shape) for name, shape in value["shapes_left"].items()},
         }
         return cls(**{**value, **made})
 

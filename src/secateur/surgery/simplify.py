@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.errors import CaptureError, ProofError
 from secateur.graph import replay
-from secateur.graph.capture import capture, map_tensors
+from secateur.graph.capture import capture
+from secateur.graph.nested import map_tensors
 from secateur.graph.probe import settle
-from secateur.graph.rebuild import rebuild, set_attributes, share
+from secateur.graph.rebuild import rebuild, set_attributes, share, tensor_shapes
 from secateur.graph.records import Groups
 from secateur.graph.replay import Change
 from secateur.score.scoring import tensors_of
@@ -59,12 +60,13 @@ def simplify(
     - replicated features: a map whose pixels a pool or an upsampling repeats before a linear layer reads it flat;
     - with `batch_norm`, batch norms that directly follow a linear layer or convolution, for export.
 
-    A group keeps one unit at least, and units under a norm over them stay, as the norm would change.
+    A group keeps one unit at least, and units under a norm over them stay, as the norm would change. Parameters that
+    were views on one memory have each its own in the copy.
 
     Args:
         model: in train or eval mode; untouched. What the copy computes is proven for eval mode.
         example_inputs: as for `find_groups`; the promise is for inputs of these shapes.
-        batch_norm: fold batch norms too. The copy cannot be trained on as before then, nor saved by its source.
+        batch_norm: fold batch norms too. The copy cannot be trained on as before then.
         seed: for the inputs that are drawn to compare the outputs on.
 
     Raises:
@@ -92,8 +94,7 @@ def simplify(
             f"the simplified model is off by {errors.error:.1e} of the largest output in float64, and {TOLERANCE:.0e} "
             "is allowed. Nothing was kept of it. Please report the model; until then, leave it as it is."
         )
-    params = [sum(p.numel() for p in each.parameters()) for each in (model, smaller)]
-    return smaller, work.record(params[0], params[1], errors)
+    return smaller, work.record(model, smaller, errors)
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class _Work:
         if batch_norm:
             self._fold_norms(seen)
 
-    def record(self, params: int, params_left: int, errors: _Errors) -> Simplification:
+    def record(self, before: nn.Module, after: nn.Module, errors: _Errors) -> Simplification:
+        params = [sum(p.numel() for p in model.parameters()) for model in (before, after)]
         return Simplification(
-            params,
-            params_left,
+            params[0],
+            params[1],
             tuple(Found(kind, where, count) for (kind, where), count in self.found.items()),
             tuple(Left(where, count, why) for (where, why), count in self.left.items()),
             tuple(self.plans),
@@ -148,6 +150,8 @@ class _Work:
             self.replays,
             self.identities,
             self.biases,
+            tensor_shapes(before),
+            tensor_shapes(after),
             errors.error,
             errors.rounding,
             errors.inputs,

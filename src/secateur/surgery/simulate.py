@@ -20,10 +20,13 @@ from secateur.errors import ProofError
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Trace, map_tensors, record, run
+from secateur.graph.capture import Trace, record
 from secateur.graph.compare import Stays, survivors
+from secateur.graph.nested import map_tensors
 from secateur.graph.rebuild import share
 from secateur.graph.records import Slot
+from secateur.graph.twin import run
+from secateur.graph.units import Split
 from secateur.surgery.cut import check_fits
 
 
@@ -47,7 +50,7 @@ def mask(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[Callable
     True
     """
     check_fits(model, plan)
-    simulation = simulate(model, plan, analyse_run(model, example_inputs))
+    simulation = simulate(model, plan, analyse_run(model, example_inputs, plan.groups.split))
     classes = [(module, type(module)) for module in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
     see_heads(model.eval())
@@ -68,10 +71,10 @@ class Simulation:
     zeroed: Mapping[tuple[int, int], Tensor]
 
 
-def analyse_run(model: nn.Module, inputs: Any) -> Analysis:
+def analyse_run(model: nn.Module, inputs: Any, split: Split = "outer") -> Analysis:
     """The analysis of a run on real tensors: on fake ones, whose strides may differ, an op can take another path."""
     twin = see_heads(share(model).eval())
-    return analyse(record(twin, map_tensors(torch.clone, inputs), fake=False), model)
+    return analyse(record(twin, map_tensors(torch.clone, inputs), fake=False), model, split=split)
 
 
 def simulate(model: nn.Module, plan: Plan, analysis: Analysis) -> Simulation:
@@ -148,7 +151,8 @@ class Zeroing(TorchDispatchMode):
             if factor is None:
                 return tensor
             # `masked_fill` would give other strides, on which the path of what follows may depend.
-            return tensor.clone(memory_format=torch.preserve_format).masked_fill_(~factor, 0)
+            with torch._C._DisableTorchDispatch():  # no op of the model's: nobody else is to see it
+                return tensor.clone(memory_format=torch.preserve_format).masked_fill_(~factor, 0)
 
         args, kwargs = map_tensors(change, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)

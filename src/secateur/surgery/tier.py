@@ -9,8 +9,9 @@ from torch import nn
 from secateur.codec.program import Program
 from secateur.errors import CaptureError
 from secateur.graph.attention import HeadwiseAttention
-from secateur.graph.capture import Trace, capture, duplicate, steps
+from secateur.graph.capture import Trace, capture, steps
 from secateur.graph.replay import replay_of
+from secateur.graph.twin import duplicate
 
 Tier = Literal["a", "b", "c"]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Call, Ref, Trace, Value, map_tensors, op_name
+from secateur.graph.capture import Call, Ref, Trace, Value, op_name
+from secateur.graph.nested import map_tensors
 from secateur.graph.rules import ELEMENTWISE
 from secateur.surgery.wiring import BATCH_NORMS, factors, trains
 

@@ -1,0 +1,108 @@
+"""Classes of units -> groups: units on the same axes, of tensors and of values on the way, are interchangeable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from secateur.graph.axes import Field
+from secateur.graph.products import KERNEL
+from secateur.graph.records import Frozen, Group, Slot
+from secateur.graph.units import Ids, Solution
+
+ROLES = ("write", "read", "scale")
+
+Owner = tuple[int, str, int]
+"""(the first of its units, tensor, axis)."""
+
+
+def form_groups(
+    state: Field, solution: Solution, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Ids, tuple[Group, ...], tuple[Frozen, ...]]:
+    """The number of each class of units, counted through the groups, and -1 for a frozen one; the groups; the rest."""
+    order = {name: i for i, name in enumerate(shapes)}
+    owners = sorted(state.owners, key=lambda owner: (order[owner[1]], owner[2]))
+    slot, place, root = _spots(owners, solution, shapes)
+    classes, unit = _by_appearance(root)
+    marks = _marks(len(owners), seed=1)
+    kind = _paths(state, solution)[classes]
+    np.add.at(kind, unit, marks[slot])  # random marks: equal sums are equal collections
+    kinds, group = _by_appearance(kind)
+    rank = np.argsort(group, kind="stable")
+    numbers = np.full(len(solution.root) + 1, -1, np.int64)
+    numbers[classes[rank]] = np.arange(len(classes))
+    at = np.lexsort((place, numbers[root], slot, group[unit]))
+    sizes = np.bincount(group, minlength=len(kinds))
+    groups: list[Group] = []
+    taken: set[str] = set()
+    spots = np.stack([group[unit], slot, place])[:, at]
+    for number, (mine, ids) in enumerate(zip(_runs(spots, 0), np.split(classes[rank], np.cumsum(sizes)[:-1]))):
+        slots = []
+        for part in _runs(mine, 1):
+            _, tensor, dim = owners[part[1, 0]]
+            index = tuple(map(tuple, part[2].reshape(sizes[number], -1).tolist()))
+            slots.append(Slot(tensor, dim, state.roles.get((tensor, dim), "scale"), index))
+        groups.append(Group(_name(slots, taken), len(ids), tuple(slots), solution.why_inexact(int(ids[0]))))
+        taken.add(groups[-1].name)
+    return numbers, tuple(groups), _frozen_axes(owners, solution, shapes)
+
+
+def _spots(owners: Sequence[Owner], solution: Solution, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Ids, Ids, Ids]:
+    """Each index along each axis that is not frozen: the number of its owner, its place there, its class."""
+    rows = [np.empty((3, 0), np.int64)]
+    for number, (start, tensor, dim) in enumerate(owners):
+        roots = solution.root[start : start + shapes[tensor][dim]]
+        places = np.flatnonzero(~solution.frozen(roots))
+        rows.append(np.stack([np.full(len(places), number), places, roots[places]]))
+    slot, place, root = np.concatenate(rows, axis=1)
+    return slot, place, root
+
+
+def _by_appearance(values: Ids) -> tuple[Ids, Ids]:
+    """The different values, in order of first appearance, and which of them each value is."""
+    different, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return different[order], rank[inverse]
+
+
+def _runs(table: Ids, row: int) -> list[Ids]:
+    """The table cut into pieces of columns wherever `table[row]` changes."""
+    return np.split(table, np.flatnonzero(np.diff(table[row])) + 1, axis=1) if table.shape[1] else []
+
+
+def _marks(count: int, seed: int) -> Ids:
+    return np.random.default_rng(seed).integers(np.iinfo(np.int64).max, size=count)
+
+
+def _paths(state: Field, solution: Solution) -> Ids:
+    """For each class a fingerprint of the values on which its units are."""
+    marks = _marks(len(state.values), seed=0)
+    path = np.zeros(len(solution.root) + 1, np.int64)
+    for ref, blocks in state.blocks.items():
+        for block in blocks:
+            path[np.unique(solution.root[block.ids])] ^= marks[ref] + sum(block.dims)
+    return path
+
+
+def _name(slots: Sequence[Slot], taken: set[str]) -> str:
+    """That of the module that makes the units, or reads them, or scales them."""
+    lead = next(s for role in (*ROLES, slots[0].role) for s in slots if s.role == role)
+    base = lead.tensor.rpartition(".")[0] or lead.tensor
+    return next(n for k in range(1, len(taken) + 2) if (n := base if k == 1 else f"{base}#{k}") not in taken)
+
+
+def _frozen_axes(
+    owners: Sequence[Owner], solution: Solution, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Frozen, ...]:
+    """Each axis with frozen units and why, but for kernel positions, which nobody would cut."""
+    out = []
+    for start, tensor, dim in owners:
+        size = shapes[tensor][dim]
+        roots = solution.root[start : start + size]
+        stuck = roots[solution.frozen(roots)]
+        if stuck.size and (reason := solution.why_frozen(int(stuck[0]))) != KERNEL:
+            out.append(Frozen(tensor, dim, int(stuck.size), size, reason))
+    return tuple(out)

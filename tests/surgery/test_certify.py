@@ -1,0 +1,52 @@
+"""What the certificate says of each group, and that a cut model runs wherever the uncut one did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import networks
+from secateur.allocate.plan import Plan
+from secateur.graph.groups import find_groups
+from secateur.graph.nested import map_tensors, tensors_in
+from secateur.graph.probe import random_keep
+from secateur.graph.twin import run
+from secateur.surgery.certify import certify
+from secateur.surgery.cut import apply
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(m for i in range(4) for m in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3)).double()
+
+
+def test_every_group_has_its_error_and_the_first_wrong_one_is_named() -> None:
+    model, x = layers(), torch.randn(5, 8)
+    plan = Plan(find_groups(model, x), ((0, 1, 2, 5, 7),) * 4)
+    smaller = apply(model, plan)
+    certificate = certify(model, smaller, plan, x)
+    assert [name for name, _ in certificate.errors] == [group.name for group in plan.groups.groups]
+    assert max(error for _, error in certificate.errors) < 1e-14
+    with torch.no_grad():
+        smaller[4].weight.mul_(1.5)
+    certificate = certify(model, smaller, plan, x)
+    assert "first at 4" in certificate.sentence
+    assert [error < 1e-14 for _, error in certificate.errors[:2]] == [True, True]
+
+
+def several(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor, tensor]) if tensor.ndim else tensor
+
+
+def first(outputs: object) -> Tensor:
+    return next(tensors_in(outputs))
+
+
+@pytest.mark.parametrize("net", networks.NETWORKS, ids=lambda net: net.make.__name__)
+def test_a_cut_model_runs_at_every_batch_that_the_uncut_did(net: networks.Net) -> None:
+    model, inputs = networks.build(net), net.inputs()
+    more = map_tensors(several, inputs)
+    groups = find_groups(model, inputs)
+    smaller = apply(model, Plan(groups, random_keep(groups, 7)))
+    torch.testing.assert_close(first(run(smaller, more)), torch.cat([first(run(smaller, inputs))] * 3))
