@@ -30,15 +30,12 @@ from secateur.surgery.simplification import Simplification
 from secateur.surgery.simplify import simplify
 from secateur.zoo.models import build_model
 
-CONSTANT = ("RawParameter",)
-"""Its output does not depend on its input: all but one of its units are constants."""
+OWN = ("TiedTwice", "Recurrent")
+"""Here units are made and read by one op or tensor, which simplification does not look into."""
 
-TIED = ("TiedTwice",)
-"""One tensor both makes and reads its units."""
-
-NETS = tuple(net for net in networks.NETWORKS if net.make.__name__ not in CONSTANT)
+NETS = networks.NETWORKS
 BY_NAME = [net.make.__name__ for net in NETS]
-CUTTABLE = tuple(net for net in NETS if net.sizes and net.make.__name__ not in TIED)
+CUTTABLE = tuple(net for net in NETS if net.sizes and net.make.__name__ not in OWN)
 
 
 def set_units(model: nn.Module, group: Group, role: str, unit: int, like: int | None = None) -> None:

@@ -58,7 +58,7 @@ def gather(step: Step) -> None:
 
 
 def ranked(step: Step) -> None:
-    """topk, sort and their like: the axis that is ranked is frozen."""
+    """topk, sort, kthvalue and their like: the axis that is ranked is frozen, or gone where one value of it is left."""
     schema = [argument.name for argument in step.call.op._schema.arguments]
     _carry_but(step, step.arg(schema.index("dim"), "dim", -1))
 
@@ -66,7 +66,10 @@ def ranked(step: Step) -> None:
 def _carry_but(step: Step, dim: int) -> None:
     """Carry all axes to all outputs, except `dim`."""
     x: Ref = step.arg(0)
-    kept = [block for block in step.blocks(x) if dim % len(step.shape(x)) not in block.dims]
+    rank = len(step.shape(x))
+    kept = [block for block in step.blocks(x) if dim % rank not in block.dims]
+    if len(step.shape(step.output)) < rank:
+        kept = [moves.relabel(block, {d: d - (d > dim % rank) for d in block.dims}) for block in kept]
     for output in range(len(step.call.outputs)):
         step.carry(kept, output=output)
 

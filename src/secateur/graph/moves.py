@@ -256,6 +256,20 @@ def channel_shuffle(step: Step) -> None:
         step.carry([Block((1,), split_ids.T.ravel())])
 
 
+def glu(step: Step) -> None:
+    """glu: the first half of an axis, gated by the second; an index of each goes together."""
+    x: Ref = step.arg(0)
+    dim = step.arg(1, "dim", -1) % len(step.shape(x))
+    ids = step.axis(x, dim)
+    blocks = [block for block in step.blocks(x) if dim not in block.dims]
+    if ids is not None:
+        first, second = ids.reshape(2, -1)
+        step.units.unite(first, second)
+        step.end(ids)
+        blocks.append(Block((dim,), first))
+    step.carry(blocks)
+
+
 def windows(step: Step) -> None:
     """Tensor.unfold: (x, dim, size, step): windows along one axis, which is frozen; their insides become the last."""
     x: Ref = step.arg(0)

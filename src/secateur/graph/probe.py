@@ -34,7 +34,7 @@ from secateur.graph.units import Split
 from secateur.graph.watch import Attribute, watch
 
 PLANS = 2
-"""Plans tried: each cuts every group, and no two groups of one size lose the same number in both (`probing_keep`)."""
+"""Plans tried, in which groups lose different numbers of units (`probing_keep`)."""
 
 Number = tuple[int, Place]
 """Of a torch function that Python called, by its number, one of the numbers that it is given."""
@@ -120,23 +120,21 @@ def random_keep(groups: Groups, seed: int) -> tuple[tuple[int, ...], ...]:
 def probing_keep(groups: Groups, plan: int) -> tuple[tuple[int, ...], ...]:
     """One of two plans by which the probe tells all groups apart.
 
-    Two halves of an axis that lose as many units by chance would hide a number that does not follow. So, of groups of
-    one size, those that lose the same number in the first plan lose different ones in the second, as long as there are
-    pairs of numbers.
+    Halves of an axis that lose as many units by chance would hide a number that does not follow; and so would a first
+    half that keeps one more, as `chunk` makes it larger. So, of neighbours of one size, the later one keeps more in one
+    of the plans: what is kept rises for a while, then falls back, and in the two plans at different places.
     """
     random = np.random.default_rng(plan)
-    choices: dict[int, Any] = {}
     seen: Counter[int] = Counter()
     lost = []
     for group in groups.groups:
-        least, most = max(1, group.size // 10), max(1, group.size * 3 // 5)
-        number, seen[group.size] = seen[group.size], seen[group.size] + 1
-        if most == 1:  # small ones take turns
-            lost.append((1, 0, 1)[number % 3] if plan == 0 else (0, 1, 1)[number % 3])
-            continue
-        order = choices.setdefault(group.size, random.permutation(np.arange(least, most + 1)))
-        turn = number if plan == 0 else number + number // len(order)
-        lost.append(int(order[turn % len(order)]))
+        most = group.size * 3 // 5
+        count = most - min(max(1, group.size // 10), max(0, most - 1)) + 1
+        step = max(1, count // 8)
+        window = count // step
+        turn = seen[group.size] + plan * (window // 2)
+        lost.append(most - turn % window * step - turn // window % step)
+        seen[group.size] += 1
     return _keep(groups, lost, random)
 
 

@@ -126,7 +126,7 @@ def attention(step: Step) -> None:
 def _queries(step: Step, q: Ref, k: Ref, v: Ref) -> None:
     """As many heads of the keys and values as of the queries; the width of q and k is summed over."""
     names: list[list[Name]] = [["b", "h", "i", "k"], ["b", "h", "j", "k"], ["b", "h", "j", "d"]]
-    mask = step.call.kwargs.get("attn_mask")  # what is added to the scores, such as a bias of each head
+    mask = step.arg(3, "attn_mask")  # added to the scores, such as a bias of each head; no tensor where there is none
     if isinstance(mask, Ref):
         scores: list[Name] = ["b", "h", "i", "j"]
         shape = step.shape(mask)

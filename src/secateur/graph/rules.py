@@ -55,15 +55,31 @@ def constant(step: Step) -> None:
 
 
 def like(step: Step) -> None:
-    """zeros_like and its like: the axes of the model tensor."""
-    step.carry(step.blocks(step.arg(0)))
+    """zeros_like and its like: the axes of the model tensor, on every output that has its shape."""
+    x: Ref = step.arg(0)
+    for output, ref in enumerate(step.call.outputs):
+        if ref is not None and step.shape(ref) == step.shape(x):
+            step.carry(step.blocks(x), output)
+
+
+def fractional(step: Step) -> None:
+    """fractional_max_pool2d: (x, kernel, size, samples for each channel)."""
+    x, samples = step.arg(0), step.arg(3)
+    channels, drawn = step.axis(x, -3), step.axis(samples, 1)
+    if channels is not None and drawn is not None:
+        step.units.unite(channels, drawn)
+        step.end(drawn)
+    for block in step.blocks(samples):
+        if block.dims != (1,):
+            step.end(block.ids)
+    spatial(2)(step)
 
 
 ELEMENTWISE = frozenset(
     """
     abs add addcdiv addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone
     contiguous copy cos detach div elu eq erf exp exp2 expm1 fill floor floor_divide fmod ge gelu gt hardshrink
-    hardsigmoid hardswish hardtanh isnan le leaky_relu lerp lift_fresh log log10 log1p log2 log_sigmoid_forward
+    hardsigmoid hardswish hardtanh isnan le leaky_relu lerp log log10 log1p log2
     logical_and logical_not logical_or logit lt masked_fill maximum minimum mish mul nan_to_num ne neg pow prelu_kernel
     reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin softplus softshrink sqrt
     square sub tan tanh threshold to_copy true_divide trunc where xlogy
@@ -86,7 +102,7 @@ _SPATIAL = MappingProxyType(
             replication_pad1d upsample_nearest1d upsample_nearest_exact1d upsample_linear1d
         """,
         2: """
-            avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices fractional_max_pool2d
+            avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices
             reflection_pad2d replication_pad2d upsample_nearest2d upsample_nearest_exact2d upsample_bilinear2d
             upsample_bicubic2d upsample_bilinear2d_aa upsample_bicubic2d_aa
         """,
@@ -124,6 +140,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | {name: spatial(count) for count, names in _SPATIAL.items() for name in names.split()}
     | _each("roi_align roi_pool", lookups.sampled)
     | _each("grid_sampler_2d grid_sampler_3d", spec("n c ..., n ... -> n c ..."))
+    | {"fractional_max_pool2d": fractional}
     # moves
     | _each("view unsafe_view reshape reshape_alias", views.view)
     | {"expand": views.expand, "repeat": views.repeat, "as_strided": views.restride}
@@ -135,6 +152,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | {"flip": moves.flip, "roll": moves.roll, "unfold": moves.windows}
     | {"pixel_shuffle": moves.pixel_shuffle, "pixel_unshuffle": moves.pixel_unshuffle}
     | _each("channel_shuffle native_channel_shuffle", moves.channel_shuffle)
+    | {"glu": moves.glu}
     | _each("im2col col2im", moves.columns)
     | _each("fft_r2c fft_c2c fft_c2r", statistics.transform)
     | _each("view_as_real view_as_complex", views.complex_parts)
@@ -145,5 +163,5 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | _each("topk kthvalue sort argsort", lookups.ranked)
     | _each("tril triu", lookups.triangle)
     | _each("zeros ones full empty new_zeros new_ones new_full new_empty", constant)
-    | _each("zeros_like ones_like full_like empty_like", like)
+    | _each("zeros_like ones_like full_like empty_like rrelu_with_noise log_sigmoid_forward", like)
 )

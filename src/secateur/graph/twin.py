@@ -91,7 +91,7 @@ def _quiet() -> Iterator[None]:
 def run(model: nn.Module, example_inputs: Nested) -> Any:
     """One forward pass of `model`, without gradients, on inputs given as `as_arguments` reads them."""
     args, kwargs = as_arguments(example_inputs)
-    with torch.no_grad(), slow_attention(), empty_caches():
+    with torch.inference_mode(False), torch.no_grad(), slow_attention(), empty_caches():
         given = model(*args, **kwargs)
         return example_inputs.outputs(given) if isinstance(example_inputs, Example) else given
 

@@ -89,7 +89,14 @@ def restride(step: Step) -> None:
 def complex_parts(step: Step) -> None:
     """view_as_real adds a last axis of two parts, view_as_complex takes it away."""
     rank = min(len(step.shape(step.arg(0))), len(step.shape(step.output)))
-    step.carry(block for block in step.blocks(step.arg(0)) if max(block.dims) < rank)
+    blocks = []
+    for block in step.blocks(step.arg(0)):
+        if block.dims[-1] == rank and len(block.dims) > 1:  # the two parts of one number go together
+            step.units.unite(block.ids[..., :1], block.ids)
+            step.end(block.ids)
+            block = Block(block.dims[:-1], block.ids[..., 0])
+        blocks.append(block)
+    step.carry(block for block in blocks if block.dims[-1] < rank)
 
 
 def _trim(block: Block) -> Block:

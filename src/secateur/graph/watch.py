@@ -16,13 +16,16 @@ Attribute = tuple[str, str]
 
 
 class Watched(int):
-    """An integer that notes, as `attribute`, that it was compared with another, and was not equal."""
+    """An integer that notes, as `attribute`, that it was compared with another, and was not equal.
+
+    A count is above 0 whatever is cut, so that a comparison with 0 tells nothing.
+    """
 
     attribute: Attribute
     compared: set[Attribute]
 
     def _note(self, other: Any) -> None:
-        if isinstance(other, int) and int(other) != int(self):
+        if isinstance(other, int) and other > 0 and int(other) != int(self):
             self.compared.add(self.attribute)
 
     def __eq__(self, other: object) -> bool:

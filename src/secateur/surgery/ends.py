@@ -51,7 +51,7 @@ class Ends(TorchDispatchMode):
         for index in self._wanted.get(self._step, ()):
             tensor = list(tensors_in((tuple(args), kwargs)))[self._ends[index].operand].detach()
             others = [d for d in range(tensor.ndim) if d not in self._ends[index].block.dims]
-            squares = tensor.abs().double().square()
+            squares = (tensor.abs() if tensor.is_complex() else tensor).double().square()
             self.sizes[index] = (squares.sum(others) if others else squares).sqrt().flatten().cpu()
         self._step += 1
 
