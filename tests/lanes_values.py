@@ -240,7 +240,9 @@ EXPORTED = Family(conv2, noise(2, 4, 8, 8), {
 })  # fmt: skip
 
 ELSEWHERE = Family(conv2, noise(2, 4, 8, 8), {
-    name: Lane(lambda name=name: Norm(name)) for name in ("cudnn_batch_norm", "miopen_batch_norm")
+    **{name: Lane(lambda name=name: Norm(name)) for name in ("cudnn_batch_norm", "miopen_batch_norm")},
+    "dropout": Lane(lambda: lambda x: F.dropout(x, 0.5, training=True)),
+    "native_dropout": Lane(lambda: lambda x: torch.native_dropout(x, 0.5, True)[0]),
 })  # fmt: skip
 
 VALUES = MappingProxyType({

@@ -224,3 +224,42 @@ def test_the_caller_chooses_between_heads_and_their_width() -> None:
     assert ("scale", 0) in {size.place for size in inner.sizes}
     with mask(model, plan, x) as masked:
         torch.testing.assert_close(masked(x), width(x))
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only, as GoogLeNet's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.extra = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return (self.head(x), self.extra(x)) if self.training else self.head(x)
+
+
+def test_a_head_that_runs_in_training_only_is_cut_along_and_trains() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    groups, smaller = cut(Auxiliary(), x)
+    assert sorted(group.size for group in groups.groups) == [6, 8]
+    assert smaller.extra[0].in_features == smaller.head.in_features < 8
+    assert smaller.extra[1].num_features == smaller.extra[4].in_features < 6
+    first, second = smaller.train()(x)
+    (first.sum() + second.sum()).backward()
+    assert smaller.extra[0].weight.grad.shape == smaller.extra[0].weight.shape
+
+
+class Stubborn(Auxiliary):
+    """The same, with a width written down in the part that runs in training."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return (self.head(x), self.extra(x.view(-1, 2, 4).flatten(1))) if self.training else self.head(x)
+
+
+def test_what_does_not_follow_in_training_is_frozen() -> None:
+    groups = find_groups(Stubborn().eval(), torch.randn(4, 4))
+    assert not groups.groups
+    assert any("runs in training only" in frozen.reason for frozen in groups.frozen)

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from secateur.graph.aside import Aside, join
 from secateur.graph.axes import Contraction, Field, Step, refs_in
 from secateur.graph.capture import Ref, Trace
 from secateur.graph.costs import find_products, item_sizes
@@ -67,6 +68,7 @@ def analyse(
     frozen: Sequence[tuple[int, str]] = (),
     unbound: Collection[Attribute] = (),
     split: Split = "outer",
+    aside: Aside | None = None,
 ) -> Analysis:
     """Groups of a captured model.
 
@@ -76,8 +78,14 @@ def analyse(
         frozen: (value, reason): units on these values may not be cut, found out by the probe.
         unbound: (module, attribute): integers that only happen to have the value of a count.
         split: as for `find_groups`.
+        aside: what runs in training only.
     """
+    tensors = _describe(model)
+    shapes = {info.name: info.shape for info in tensors}
     state = propagate(trace, split)
+    if aside is not None:
+        training = propagate(aside.trace, split)
+        join(state, training, _rectangular(training), shapes, aside)
     for value, reason in frozen:
         for block in state.blocks.get(value, ()):
             state.units.freeze(block.ids, reason)
@@ -86,8 +94,7 @@ def analyse(
     if unread.size:  # such as the rest of a table of positions
         state.units.freeze(unread, "no op reads these indices on the example inputs; on others it might")
         solution = state.units.solve()
-    tensors = _describe(model)
-    units, groups, rest = form_groups(state, solution, {info.name: info.shape for info in tensors})
+    units, groups, rest = form_groups(state, solution, shapes)
     numbered = {
         ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
         for ref, blocks in state.blocks.items()

@@ -94,11 +94,12 @@ class Field:
             if value.origin in ("parameter", "buffer") and value.dtype.is_floating_point:
                 self.static.add(ref.id)
                 self.blocks[ref.id] = tuple(
-                    Block((d,), self._own(value.name, d, n)) for d, n in enumerate(value.shape) if n > 1
+                    Block((d,), self.own(value.name, d, n)) for d, n in enumerate(value.shape) if n > 1
                 )
         return self.blocks[ref.id]
 
-    def _own(self, tensor: str, dim: int, size: int) -> Ids:
+    def own(self, tensor: str, dim: int, size: int) -> Ids:
+        """Fresh units for an axis of a parameter."""
         ids = self.units.fresh(size)
         self.owners.append((int(ids[0]), tensor, dim))
         return ids

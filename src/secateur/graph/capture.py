@@ -102,12 +102,13 @@ def steps(calls: Sequence[Call]) -> list[tuple[str, Call]]:
     return [(SAME.get(name, name), call) for name, call in named if name not in COPIES]
 
 
-def capture(model: nn.Module, example_inputs: Nested) -> Trace:
-    """The trace of one forward pass in eval mode, on a copy.
+def capture(model: nn.Module, example_inputs: Nested, *, training: bool = False) -> Trace:
+    """The trace of one forward pass, on a copy.
 
     Args:
         model: any module; left exactly as found.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: run in training mode, and not in eval mode.
 
     Raises:
         CaptureError: the model does not run on these inputs; names the module and the op.
@@ -118,9 +119,9 @@ def capture(model: nn.Module, example_inputs: Nested) -> Trace:
     """
     try:
         with fake_copy(model, example_inputs) as (twin, inputs):
-            return record(twin, inputs, fake=True)
+            return record(twin.train(training), inputs, fake=True)
     except CaptureError:
-        twin = see_heads(duplicate(model).eval())
+        twin = see_heads(duplicate(model).train(training))
         return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.graph.aside import find_aside
 from secateur.graph.capture import capture
 from secateur.graph.probe import settle
 from secateur.graph.records import Groups
@@ -33,4 +34,5 @@ def find_groups(model: nn.Module, example_inputs: Any, *, split: Split = "outer"
     [('0.weight', 0, (1,)), ('3.weight', 1, (4, 5, 6, 7))]
     """
     with empty_caches():
-        return settle(model, example_inputs, capture(model, example_inputs), split).groups
+        trace = capture(model, example_inputs)
+        return settle(model, example_inputs, trace, split, find_aside(model, example_inputs, trace)).groups

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur.errors import CaptureError
 from secateur.graph.analysis import Analysis, analyse
+from secateur.graph.aside import Aside
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
-from secateur.graph.capture import Recorder, Trace, recording, steps
+from secateur.graph.capture import Recorder, Trace, capture, recording, steps
 from secateur.graph.compare import Stays, Steps, first_odd, survivors
 from secateur.graph.decisions import Following
 from secateur.graph.nested import map_tensors, tensors_in
@@ -40,13 +42,15 @@ Number = tuple[int, Place]
 """Of a torch function that Python called, by its number, one of the numbers that it is given."""
 
 
-def settle(model: nn.Module, example_inputs: Any, trace: Trace, split: Split = "outer") -> Analysis:
+def settle(
+    model: nn.Module, example_inputs: Any, trace: Trace, split: Split = "outer", aside: Aside | None = None
+) -> Analysis:
     """The analysis of `trace` with the calls to replay, and all that does not follow a cut frozen."""
     frozen: list[tuple[int, str]] = []
     replayed: set[Number] = set()
     unbound: set[Attribute] = set()
     while True:
-        analysis = analyse(trace, model, frozen, unbound, split)
+        analysis = analyse(trace, model, frozen, unbound, split, aside)
         missed = False
         for plan in range(PLANS):
             if not missed and analysis.groups.groups:
@@ -58,9 +62,22 @@ def settle(model: nn.Module, example_inputs: Any, trace: Trace, split: Split = "
                     frozen += [] if guesses else probe.odd.freeze
                 unbound |= guesses
                 missed = bool(guesses or probe.odd)
+        if not missed and aside and aside.follows and not _trains(model, example_inputs, analysis.groups):
+            aside, missed = replace(aside, follows=False), True
         if not missed:
             sizes = (s for call in sorted(analysis.sizes) for s in analysis.sizes[call] if (call, s.place) in replayed)
             return replace(analysis, groups=replace(analysis.groups, sizes=tuple(dict.fromkeys(sizes))))
+
+
+def _trains(model: nn.Module, example_inputs: Any, groups: Groups) -> bool:
+    """Whether a model cut by one of the plans runs in training mode."""
+    keep = probing_keep(groups, 0)
+    cut = rebuild(model, narrow(model, groups.kept(keep)), groups.attributes(keep), groups.replays(keep))
+    try:
+        capture(cut, example_inputs, training=True)
+    except CaptureError:
+        return False
+    return True
 
 
 def _same_sites(model: nn.Module, trace: Trace, numbers: Collection[Number]) -> set[Number]:

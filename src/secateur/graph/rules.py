@@ -163,5 +163,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | _each("topk kthvalue sort argsort", lookups.ranked)
     | _each("tril triu", lookups.triangle)
     | _each("zeros ones full empty new_zeros new_ones new_full new_empty", constant)
-    | _each("zeros_like ones_like full_like empty_like rrelu_with_noise log_sigmoid_forward", like)
+    | _each("zeros_like ones_like full_like empty_like bernoulli", like)
+    | _each("native_dropout rrelu_with_noise log_sigmoid_forward", like)
 )
