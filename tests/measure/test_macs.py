@@ -162,3 +162,18 @@ def test_batch_size() -> None:
 def test_json_round_trip() -> None:
     found = count_macs(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()), IMAGE)
     assert Macs.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_deformed_convolution_counts_like_a_plain_one() -> None:
+    from torchvision.ops import DeformConv2d
+
+    class Deformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = DeformConv2d(4, 5, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x, torch.zeros(len(x), 18, *x.shape[2:]))
+
+    x = torch.zeros(2, 4, 6, 6)
+    assert count_macs(Deformed(), x).total == 2 * (5 * 4 * 3 * 3) * (6 * 6)

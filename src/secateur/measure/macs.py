@@ -39,12 +39,22 @@ def _recurrent_macs(inputs: Tensor, to_gates: Tensor, between_gates: Tensor, *_:
     return steps * (to_gates.numel() + between_gates.numel())
 
 
+def _experts_macs(rows: Tensor, experts: Tensor, *_: Any, **__: Any) -> int:
+    """Each row meets one expert's matrix."""
+    return rows.shape[0] * rows.shape[1] * experts.shape[-1]
+
+
+def _deformed_macs(images: Tensor, weight: Tensor, offset: Tensor, *_: Any) -> int:
+    return images.shape[0] * prod(offset.shape[2:]) * weight.numel()
+
+
 FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
         aten.mv: _vector_macs,
         aten.dot: _vector_macs,
         aten.addmv: _added_vector_macs,
         aten.mkldnn_rnn_layer: _recurrent_macs,
+        aten._grouped_mm: _experts_macs,
     }
 )
 
@@ -163,12 +173,13 @@ def _call_macs(call: Call, trace: Trace) -> int | None:
         return item
 
     packet = call.op._overloadpacket
-    if packet not in FORMULAS and packet not in flop_registry:
+    formula = _deformed_macs if str(packet) == "torchvision.deform_conv2d" else FORMULAS.get(packet)
+    if formula is None and packet not in flop_registry:
         return None
     args = stand_in(call.args)
     kwargs = {key: stand_in(item) for key, item in call.kwargs.items()}
-    if packet in FORMULAS:
-        return FORMULAS[packet](*args, **kwargs)
+    if formula is not None:
+        return formula(*args, **kwargs)
     outputs = stand_in(call.outputs)
     output = outputs[0] if len(outputs) == 1 else outputs
     return int(flop_registry[packet](*args, **kwargs, out_val=output)) // 2
