@@ -23,8 +23,9 @@ from secateur.graph.analysis import analyse
 from secateur.graph.capture import Trace, capture, op_name
 from secateur.graph.groups import find_groups
 from secateur.graph.probe import random_keep
-from secateur.graph.records import Group, Groups
+from secateur.graph.records import Groups
 from secateur.graph.rules import RULES
+from secateur.graph.slots import Group
 from secateur.surgery.certify import Certificate, certify
 from secateur.surgery.cut import apply
 

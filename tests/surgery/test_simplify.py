@@ -19,7 +19,7 @@ from secateur.errors import CaptureError, ProofError
 from secateur.graph.attention import headwise
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import rebuild
-from secateur.graph.records import Group
+from secateur.graph.slots import Group
 from secateur.graph.twin import run
 from secateur.recipe.folder import load, save
 from secateur.score.scoring import tensors_of

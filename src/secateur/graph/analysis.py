@@ -20,19 +20,12 @@ from secateur.graph.costs import find_products, item_sizes
 from secateur.graph.decisions import Decision, numbered
 from secateur.graph.grouping import form_groups
 from secateur.graph.integers import find_ints, find_sizes, guesses
-from secateur.graph.records import Groups, Size, TensorInfo
+from secateur.graph.records import Groups
 from secateur.graph.rules import rule_for
-from secateur.graph.units import Ids, Solution, Split
+from secateur.graph.slots import Size, TensorInfo
+from secateur.graph.units import Ids, Solution, Split, UnitBlock
 from secateur.graph.views import MERGED
 from secateur.graph.watch import Attribute
-
-
-@dataclass(frozen=True)
-class UnitBlock:
-    """Units along some axes of a value, numbered as `Groups.unit_names` does; -1 is one that always stays."""
-
-    dims: tuple[int, ...]
-    units: Ids
 
 
 @dataclass(frozen=True)

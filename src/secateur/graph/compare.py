@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.graph.analysis import Analysis, UnitBlock
+from secateur.graph.analysis import Analysis
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Value, op_name
 from secateur.graph.records import Groups
 from secateur.graph.replay import ATTENTION
+from secateur.graph.units import UnitBlock
 
 SIZED = frozenset(
     """

@@ -11,18 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from secateur.graph.capture import Call, Ref, Trace, op_name
-
-if TYPE_CHECKING:
-    from secateur.graph.analysis import UnitBlock
-    from secateur.graph.records import Groups
+from secateur.graph.slots import Group, TensorInfo
+from secateur.graph.units import UnitBlock
 
 Axis = tuple[int, ...]
 """The unit at each index, numbered as `Groups.offsets` count them; -1 is one that always stays."""
@@ -157,11 +155,13 @@ class Tally:
 class Costs:
     """What is left of a model, for any units that stay: built once, asked often."""
 
-    def __init__(self, groups: Groups) -> None:
-        self.whole: Stays = np.ones(groups.offsets[-1] + 1, np.bool_)
-        self.products = Tally(groups.products)
-        self._numbers = Tally(_tensors(groups))
-        counted = [(info.parameter, info.itemsize) for info in groups.tensors]
+    def __init__(
+        self, groups: Sequence[Group], tensors: Sequence[TensorInfo], products: Sequence[Product]
+    ) -> None:
+        self.whole: Stays = np.ones(sum(group.size for group in groups) + 1, np.bool_)
+        self.products = Tally(products)
+        self._numbers = Tally(_tensors(groups, tensors))
+        counted = [(info.parameter, info.itemsize) for info in tensors]
         self._weights = np.array(counted, np.int64).reshape(len(counted), 2)
 
     def params(self, stays: Stays) -> int:
@@ -184,11 +184,11 @@ class Costs:
         return UnitCost(int(numbers[0]), self.macs(self.whole) - self.macs(stays), int(numbers[1]))
 
 
-def _tensors(groups: Groups) -> list[Product]:
+def _tensors(groups: Sequence[Group], tensors: Sequence[TensorInfo]) -> list[Product]:
     """How many numbers each tensor has."""
-    axes: dict[str, dict[int, list[int]]] = {info.name: {} for info in groups.tensors}
-    shapes = {info.name: info.shape for info in groups.tensors}
-    for first, group in zip(groups.offsets, groups.groups):
+    axes: dict[str, dict[int, list[int]]] = {info.name: {} for info in tensors}
+    shapes = {info.name: info.shape for info in tensors}
+    for first, group in zip(accumulate((group.size for group in groups), initial=0), groups):
         for slot in group.slots:
             along = axes[slot.tensor].setdefault(slot.dim, [-1] * shapes[slot.tensor][slot.dim])
             for unit, places in enumerate(slot.index, first):

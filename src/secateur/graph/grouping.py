@@ -8,7 +8,7 @@ import numpy as np
 
 from secateur.graph.axes import Field
 from secateur.graph.products import KERNEL
-from secateur.graph.records import Frozen, Group, Slot
+from secateur.graph.slots import Frozen, Group, Slot
 from secateur.graph.units import Ids, Solution
 
 ROLES = ("write", "read", "scale")

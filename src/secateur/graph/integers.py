@@ -10,8 +10,8 @@ from torch import nn
 
 from secateur.graph.axes import PythonInt
 from secateur.graph.capture import Trace
-from secateur.graph.records import Int, Size
 from secateur.graph.replay import REPLAYABLE
+from secateur.graph.slots import Int, Size
 from secateur.graph.units import Ids, Solution
 from secateur.graph.watch import Attribute
 

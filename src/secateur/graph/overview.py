@@ -6,20 +6,39 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from secateur.graph.advice import Advice, advice, taken_apart
-
-if TYPE_CHECKING:
-    from secateur.graph.costs import UnitCost
-    from secateur.graph.records import Frozen, Group, Groups
+from secateur.graph.costs import UnitCost
+from secateur.graph.slots import Frozen, Group, TensorInfo
 
 WIDTH = 100
 NAMED = 3
 """Axes named for each reason."""
 
 
-def overview(groups: Groups) -> str:
+class Told(Protocol):
+    """What of `Groups` is told."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]: ...
+    @property
+    def frozen(self) -> tuple[Frozen, ...]: ...
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def params(self) -> int: ...
+    @property
+    def prunable_params(self) -> int: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def prunable_macs(self) -> int: ...
+    @property
+    def unit_costs(self) -> tuple[UnitCost, ...]: ...
+
+
+def overview(groups: Told) -> str:
     """What `groups` has to tell, the most important first, in lines of at most `WIDTH` characters.
 
     Groups that are alike but for the numbers in their names are one line, with `*` for what differs.
@@ -61,7 +80,7 @@ def _share(part: int, whole: int, what: str) -> str:
     return f"{part:,} of {whole:,} {what} ({100 * part / whole if whole else 0:.1f} %)"
 
 
-def _groups(groups: Groups) -> list[str]:
+def _groups(groups: Told) -> list[str]:
     """A row for each kind of group, the most expensive first."""
     kinds: dict[tuple[object, ...], list[Group]] = {}
     costs: dict[str, UnitCost] = {}
@@ -113,13 +132,13 @@ def _pattern(names: Sequence[str]) -> str:
     return "".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
-def _inexact(groups: Groups) -> list[str]:
+def _inexact(groups: Told) -> list[str]:
     reasons = [taken_apart(group.inexact) for group in groups.groups if group.inexact]
     whys = dict.fromkeys(f"{r.text} ({r.op})" if r.op else r.text for r in reasons)
     return [line for why in whys for line in _wrapped(f"* {why}, so after a cut what stays computes something else", 0)]
 
 
-def _frozen(groups: Groups) -> list[str]:
+def _frozen(groups: Told) -> list[str]:
     """The axes that cannot be cut, by reason: first what can be freed, and of that the largest tensors."""
     sizes = {info.name: math.prod(info.shape) for info in groups.tensors}
     kinds: dict[tuple[str, Advice], list[Frozen]] = {}

@@ -17,6 +17,14 @@ Split = Literal["outer", "inner"]
 """Of an axis that a reshape splits, such as into heads x width, which factor can be cut: heads, or the width of all."""
 
 
+@dataclass(frozen=True)
+class UnitBlock:
+    """Units along some axes of a value, numbered as `Groups.unit_names` does; -1 is one that always stays."""
+
+    dims: tuple[int, ...]
+    units: Ids
+
+
 class Units:
     """The numbers handed out, and all that the ops said about them; solved once, at the end."""
 

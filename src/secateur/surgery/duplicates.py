@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur.graph.capture import Ref
-from secateur.graph.records import Group, Slot
+from secateur.graph.slots import Group, Slot
 from secateur.surgery.endings import Observation, Truths
 from secateur.surgery.wiring import is_random
 

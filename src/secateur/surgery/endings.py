@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import ProofError
-from secateur.graph.analysis import Analysis, UnitBlock
+from secateur.graph.analysis import Analysis
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import Contraction, refs_in
 from secateur.graph.capture import Ref, op_name
 from secateur.graph.nested import map_tensors, tensors_in
 from secateur.graph.rebuild import share
 from secateur.graph.twin import run
-from secateur.graph.units import Ids
+from secateur.graph.units import Ids, UnitBlock
 from secateur.surgery.simulate import analyse_run
 from secateur.surgery.varying import Operation, Varying
 from secateur.surgery.wiring import Wiring, factors, is_random, wire

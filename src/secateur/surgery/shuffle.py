@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.rebuild import share
-from secateur.graph.records import Group, Groups, Slot
+from secateur.graph.records import Groups
+from secateur.graph.slots import Group, Slot
 from secateur.score.scoring import tensors_of
 
 

@@ -24,7 +24,7 @@ from secateur.graph.capture import Trace, record
 from secateur.graph.compare import Stays, survivors
 from secateur.graph.nested import map_tensors
 from secateur.graph.rebuild import share
-from secateur.graph.records import Slot
+from secateur.graph.slots import Slot
 from secateur.graph.twin import run
 from secateur.graph.units import Split
 from secateur.surgery.cut import check_fits
