@@ -13,7 +13,12 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.allocate.budget import Budget
+    from secateur.allocate.knapsack import Knapsack
+    from secateur.allocate.limits import Limits
     from secateur.allocate.plan import Plan, allocate
+    from secateur.allocate.ranking import GlobalRanking
+    from secateur.allocate.sensitivity import Sensitivity, SensitivityGuided, find_sensitivity
     from secateur.allocate.sparsity_guided import SparsityGuided
     from secateur.allocate.threshold import global_threshold
     from secateur.allocate.uniform import Uniform
@@ -33,12 +38,22 @@ if TYPE_CHECKING:
     from secateur.recipe.run import resume, run
     from secateur.recipe.schema import Recipe
     from secateur.recover.history import History
+    from secateur.recover.statistics import reset_statistics
     from secateur.recover.train import Stage, fine_tune
     from secateur.report.ledger import Ledger, RunRecord
     from secateur.report.page import write_page
+    from secateur.score.activation import Activation
+    from secateur.score.batch_norm import BatchNormScale
+    from secateur.score.brain_surgeon import BrainSurgeon
+    from secateur.score.energy import Energy
+    from secateur.score.fisher import Fisher
     from secateur.score.magnitude import Magnitude
+    from secateur.score.median import Median
     from secateur.score.random import Random
+    from secateur.score.reconstruction import Reconstruction
+    from secateur.score.relevance import Relevance
     from secateur.score.scoring import Scores, score
+    from secateur.score.taylor import Taylor
     from secateur.surgery.certify import Certificate, certify
     from secateur.surgery.cut import Cut, apply
     from secateur.surgery.export import Exported, export_program
@@ -55,30 +70,45 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "Activation",
+    "BatchNormScale",
+    "BrainSurgeon",
+    "Budget",
     "Certificate",
     "Cut",
     "Data",
+    "Energy",
     "Example",
     "Exported",
+    "Fisher",
+    "GlobalRanking",
     "Groups",
     "History",
     "Images",
+    "Knapsack",
     "Latency",
     "Ledger",
+    "Limits",
     "Magnitude",
     "Masks",
     "Measurement",
+    "Median",
     "Plan",
     "Program",
     "Random",
     "Recipe",
+    "Reconstruction",
+    "Relevance",
     "RunRecord",
     "Scores",
     "SecateurError",
+    "Sensitivity",
+    "SensitivityGuided",
     "Simplification",
     "SparsityGuided",
     "SparsityTable",
     "Stage",
+    "Taylor",
     "Uniform",
     "__version__",
     "accuracy",
@@ -93,6 +123,7 @@ __all__ = [
     "file_bytes",
     "find_groups",
     "find_masks",
+    "find_sensitivity",
     "fine_tune",
     "global_threshold",
     "latency",
@@ -102,6 +133,7 @@ __all__ = [
     "mask",
     "measure",
     "read_recipe",
+    "reset_statistics",
     "resume",
     "run",
     "save",
@@ -114,6 +146,21 @@ __all__ = [
 
 _HOMES = MappingProxyType(
     {
+        "allocate.budget": ("Budget",),
+        "allocate.limits": ("Limits",),
+        "allocate.ranking": ("GlobalRanking",),
+        "allocate.knapsack": ("Knapsack",),
+        "allocate.sensitivity": ("Sensitivity", "SensitivityGuided", "find_sensitivity",),
+        "score.activation": ("Activation",),
+        "score.batch_norm": ("BatchNormScale",),
+        "score.brain_surgeon": ("BrainSurgeon",),
+        "score.energy": ("Energy",),
+        "score.fisher": ("Fisher",),
+        "score.median": ("Median",),
+        "score.reconstruction": ("Reconstruction",),
+        "score.relevance": ("Relevance",),
+        "score.taylor": ("Taylor",),
+        "recover.statistics": ("reset_statistics",),
         "allocate.plan": ("Plan", "allocate"),
         "allocate.sparsity_guided": ("SparsityGuided",),
         "allocate.threshold": ("global_threshold",),

@@ -87,6 +87,9 @@ def compress(
     sparsity: Annotated[float | None, typer.Option(help="How much to prune, at least 0 and less than 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the last training step.")] = None,
     normalise: Normalise = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="What may be left, at most: macs=0.5, params=0.6, bytes=100000; repeat it.")
+    ] = None,
 ) -> None:
     """Run a recipe, or prune and fine-tune one model as the options say; the options change the recipe.
 
@@ -95,6 +98,8 @@ def compress(
       secateur compress recipes/report.toml --out runs/report
 
       secateur compress recipes/digits.toml --sparsity 0.9 --force
+
+      secateur compress --model secateur:digits_vgg --data digits --budget macs=0.5 --budget params=0.6
 
       secateur compress --model secateur:resnet56 --weights resnet56.safetensors
       --data parquet:cifar10 --normalise imagenet --sparsity 0.5 --epochs 3
@@ -109,6 +114,7 @@ def compress(
         sparsity=sparsity,
         epochs=epochs,
         normalise=normalise,
+        budget=budget or (),
     )
     _compress(chosen, out or run_folder(recipe, chosen), force)
 

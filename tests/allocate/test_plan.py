@@ -12,12 +12,14 @@ import torchvision
 from torch import nn
 
 import networks
+from secateur.allocate.limits import Limits
 from secateur.allocate.plan import Plan, allocate
 from secateur.allocate.sparsity_guided import SparsityGuided
 from secateur.allocate.uniform import Uniform
 from secateur.errors import PlanError, UnknownName
 from secateur.graph.groups import find_groups
-from secateur.graph.records import Group, Groups, Slot
+from secateur.graph.records import Groups
+from secateur.graph.slots import Group, Slot
 from secateur.measure.sparsity import SparsityRow, SparsityTable
 from secateur.score.magnitude import Magnitude
 from secateur.score.scoring import Scores, score
@@ -60,7 +62,7 @@ def test_a_group_made_by_attention_has_the_sparsity_of_its_projections() -> None
     table = find_masks(nn.MultiheadAttention(4, 2), 0.5).table()
     heads = Group("heads", 2, (Slot("in_proj_weight", 0, "write", ((0, 1, 4, 5, 8, 9), (2, 3, 6, 7, 10, 11))),))
     groups = dataclasses.replace(find_groups(nn.Linear(2, 3), torch.zeros(1, 2)), groups=(heads,))
-    assert SparsityGuided(table)(groups) == [table["in_proj_weight"].sparsity]
+    assert SparsityGuided(table).shares(groups) == [table["in_proj_weight"].sparsity]
 
 
 def test_a_vision_transformer_is_cut_as_its_sparsity_says() -> None:
@@ -89,27 +91,27 @@ def test_lowest_scores_go_and_ties_keep_the_first() -> None:
 def test_knobs_least_multiple_and_keep() -> None:
     many = scores([float(i) for i in range(10)])
     assert len(allocate(many, Uniform(0.7)).keep[0]) == 3
-    assert len(allocate(many, Uniform(0.7), least=5).keep[0]) == 5
-    assert len(allocate(many, Uniform(0.7), multiple=4).keep[0]) == 4
-    assert len(allocate(many, Uniform(0.7), keep=["0"]).keep[0]) == 10
-    assert len(allocate(many, Uniform(0.99), least=1).keep[0]) == 1
+    assert len(allocate(many, Uniform(0.7), limits=Limits(least=5)).keep[0]) == 5
+    assert len(allocate(many, Uniform(0.7), limits=Limits(multiple=4)).keep[0]) == 4
+    assert len(allocate(many, Uniform(0.7), limits=Limits(keep=["0"])).keep[0]) == 10
+    assert len(allocate(many, Uniform(0.99), limits=Limits(least=1)).keep[0]) == 1
 
 
 def test_keep_takes_patterns_and_names_what_it_does_not_know() -> None:
     model = networks.build(networks.NETWORKS[1])
     found = score(model, find_groups(model, networks.image()()), Magnitude())
-    plan = allocate(found, Uniform(0.5), keep=["st*"])
+    plan = allocate(found, Uniform(0.5), limits=Limits(keep=["st*"]))
     assert [len(units) for units in plan.keep] == [8, 3]
-    assert [len(units) for units in allocate(found, Uniform(0.5), keep=["b"]).keep] == [8, 3]
+    assert [len(units) for units in allocate(found, Uniform(0.5), limits=Limits(keep=["b"])).keep] == [8, 3]
     with pytest.raises(UnknownName, match=r"unknown layer to keep 'stam'; did you mean 'stem'"):
-        allocate(found, Uniform(0.5), keep=["stam"])
+        allocate(found, Uniform(0.5), limits=Limits(keep=["stam"]))
 
 
 def test_layers_of_one_group_share_the_pooled_sparsity() -> None:
     model = networks.build(networks.NETWORKS[1])
     groups = find_groups(model, networks.image()())
     rows = (SparsityRow("stem.weight", 100, 216), SparsityRow("a.weight", 0, 432), SparsityRow("b.weight", 32, 432))
-    assert SparsityGuided(SparsityTable(rows))(groups) == [132 / 648, 0.0]
+    assert SparsityGuided(SparsityTable(rows)).shares(groups) == [132 / 648, 0.0]
 
 
 def test_a_table_without_the_layers_is_refused() -> None:
@@ -117,7 +119,7 @@ def test_a_table_without_the_layers_is_refused() -> None:
     groups = find_groups(model, networks.image()())
     table = SparsityTable((SparsityRow("fc.weight", 1, 2),))
     with pytest.raises(PlanError, match=r"no row for b.weight, stem.weight, which group 'stem' is made by; it has fc"):
-        SparsityGuided(table)(groups)
+        SparsityGuided(table).shares(groups)
 
 
 def test_illegal_plans_are_refused() -> None:
@@ -133,7 +135,7 @@ def test_illegal_plans_are_refused() -> None:
     with pytest.raises(PlanError, match=r"sparsity must be in \[0, 1\), and 1.0 is not"):
         Uniform(1.0)
     with pytest.raises(PlanError, match=r"share to cut of group '0' is 2; it must be in \[0, 1\]"):
-        allocate(scores([1, 2]), lambda _: [2])
+        allocate(scores([1, 2]), lambda problem: problem.by_shares([2]))
 
 
 def test_hash_is_of_the_content_and_notices_changes() -> None:

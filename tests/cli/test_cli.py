@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from secateur.cli import main
 from secateur.codec.files import locked
 from secateur.graph.records import Groups
+from secateur.recipe.run import read_record
 
 NETWORK = """
 from torch import nn
@@ -67,6 +68,17 @@ def changed(old: str, new: str) -> str:
     assert old in RECIPE
     Path("changed.toml").write_text(RECIPE.replace(old, new))
     return "changed.toml"
+
+
+def test_compress_to_a_budget(capsys):
+    command = ["compress", "--model", "nets.py:make", "--data", "digits", "--epochs", "1", "--force"]
+    for words, rate in ((["--budget", "macs=0.5"], 0.5), (["--sparsity", "0.1", "--budget", "params=0.25"], 0.25)):
+        assert main([*command, *words]) == 0
+        first, *_, last = [row.measurement for row in read_record(Path("runs/make")).ledger.rows]
+        measure = "params" if rate == 0.25 else "macs"
+        before, after = ((m.params, m.macs.total)[measure == "macs"] for m in (first, last))
+        # One of eight channels more would be over it.
+        assert rate - 1 / 8 < after / before <= rate
 
 
 def test_compress_then_report_measure_and_load(capsys):
@@ -181,8 +193,10 @@ def test_every_command_has_an_example(capsys, command):
         ('"digits"', '"digts"', "unknown data set 'digts'; did you mean 'digits'?"),
         ('"nets.py:make"', '"secateur:resnet65"', "unknown secateur model 'resnet65'; did you mean 'resnet56'?"),
         ('"nets.py:make"', '"gone.py:make"', "gone.py"),
-        ("sparsity = 0.5", 'sparsity = 0.5\nkeep = ["conv9"]', "unknown layer to keep 'conv9'"),
+        ("sparsity = 0.5", 'sparsity = 0.5\nlimits = {keep = ["conv9"]}', "unknown layer to keep 'conv9'"),
         ("sparsity = 0.5", 'sparsity = 0.5\ncriterion = "magnitud"', "line 14: unknown criterion 'magnitud'"),
+        ("sparsity = 0.5", "guide = 'ranking'\nbudget = {macs = 1}", "the budget of 1 (0.0 %) of"),
+        ("sparsity = 0.5", "guide = 'ranking'\nbudget = {macs = 2.0}", "line 14: in step 2 (cut), the budget for macs"),
         ("sparsity = 0.5", "sparsity = 1.0", "line 13: sparsity in step 2 (cut) must be less than 1, and is 1.0."),
         ("epochs = 2", "epoch = 2", "line 10: unknown key 'epoch'"),
         ("lr = 0.1", 'lr = "fast"', "line 10: lr in a stage of step 1 (train) must be a number"),
@@ -210,6 +224,10 @@ def test_bad_recipes_end_in_a_sentence(capsys, old, new, sentence):
         (("compress", "mine.toml", "--normalise", "imagnet"), "unknown normalise 'imagnet'; did you mean 'imagenet'?"),
         (("measure", "--model", "nets.py:make", "--data", "digits", "--normalise", "x"), "unknown normalisation 'x'"),
         (("compress", "mine.toml", "--weights", "gone.safetensors"), "gone.safetensors"),
+        (("compress", "mine.toml", "--budget", "macs=half"), "--budget 'macs=half' says no number; write macs=0.5"),
+        (("compress", "mine.toml", "--budget", "macs"), "--budget 'macs' says no number"),
+        (("compress", "mine.toml", "--budget", "mac=0.5"), "unknown key 'mac' in step 2 (cut); did you mean 'macs'?"),
+        (("compress", "mine.toml", "--budget", "macs=2.0"), "in step 2 (cut), the budget for macs is 2.0; give a"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "1"), "sparsity 1.0 is out of range"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "x.jpg"), "unknown kind of picture"),
         (("sparsity", "--model", "nets.py:make", "--sparsity", "0.5", "--plot", "no/x.png"), "there is no folder no"),

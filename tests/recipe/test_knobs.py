@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ import pictures
 from secateur.errors import RecipeError
 from secateur.measure.latency import torch_threads
 from secateur.recipe import schema
-from secateur.recipe.schema import Cut, DataPart, ModelPart, Recipe, Sparsify, StagePart, Train
-from secateur.recipe.steps import Setting, State, prepare, take
+from secateur.recipe.schema import BudgetPart, Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.steps import Setting, State, TrainImages, prepare, take
 from secateur.zoo.data import Data
 
 NETWORK = """
@@ -64,10 +65,23 @@ CUTTING: tuple[tuple[str, Any], ...] = (
     ("guide", "uniform"),
     ("criterion", "random"),
     ("p", 4.0),
-    ("keep", ("0",)),
-    ("least", 20),
-    ("multiple", 5),
+    ("budget", BudgetPart(macs=0.4)),
+    ("limits", LimitsPart(keep=("0",))),
+    ("limits", LimitsPart(least=20)),
+    ("limits", LimitsPart(multiple=5)),
+    ("limits", LimitsPart(cap=0.2)),
+    ("limits", LimitsPart(tied=("*",))),
 )
+BUDGETS: tuple[tuple[str, Any], ...] = (
+    ("budget", BudgetPart(macs=0.3)),
+    ("budget", BudgetPart(params=0.5)),
+    ("budget", BudgetPart(bytes=5000)),
+    ("guide", "uniform"),
+    ("guide", "ranking-per-cost"),
+    ("guide", "knapsack"),
+    ("criterion", "magnitude"),
+)
+SCALES = ("mean", "max", "gaussian", "lamp")
 READING: tuple[tuple[str, Any], ...] = (
     ("validation", 0.8),
     ("batch_size", 48),
@@ -81,6 +95,7 @@ ELSEWHERE = frozenset(
         *((StagePart, field) for field in ("lr", "epochs")),
         *((Recipe, field) for field in ("seed", "device", "data", "model", "steps")),
         (Train, "channels_last"),
+        *((Cut, field) for field in ("images", "scale")),
     }
 )
 """What the tests further down change; a run's title and threads are in test_run.py."""
@@ -120,6 +135,8 @@ def test_every_field_is_here():
     every = {(part, field) for part in parts for field in part.model_fields}
     tables = ((Train, TRAINING), (Sparsify, SPARSIFYING), (Cut, CUTTING), (DataPart, READING))
     told = {(part, field) for part, knobs in tables for field, _ in knobs}
+    inner = [value for _, value in CUTTING + BUDGETS if isinstance(value, BaseModel)]
+    told |= {(type(value), field) for value in inner for field in value.model_fields_set}
     known = {(Recipe, "title"), (Recipe, "threads"), *((part, "kind") for part in (Train, Sparsify, Cut))}
     assert every == told | ELSEWHERE | known
     assert not told & ELSEWHERE
@@ -147,11 +164,54 @@ def test_knobs_of_cutting(network, field, value):
     assert not same(left(network, step), left(network, changed(step, field, value)))
 
 
-def test_what_stays_when_it_is_said(network):
-    def channels(**fields: Any) -> int:
-        return len(left(network, Cut(sparsity=0.9, guide="uniform", **fields))["0.weight"])
+def test_every_criterion_has_its_own_choice(network):
+    torch.manual_seed(0)
+    trained = left(network, TRAIN)
+    save_file(trained, "trained.safetensors")
+    given = changed(network, "weights", "trained.safetensors")
+    cut = Cut(sparsity=0.5, guide="uniform")
+    criteria = get_args(Cut.model_fields["criterion"].annotation)
+    chosen = [left(given, cut.model_copy(update={"criterion": criterion})) for criterion in criteria]
+    assert len(criteria) == 6
+    assert not any(same(one, other) for one, other in itertools.combinations(chosen, 2))
 
-    assert [channels(), channels(keep=("0",)), channels(least=7), channels(multiple=5)] == [3, 24, 7, 5]
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_criteria_that_look_at_images_see_as_many_as_are_asked_for(network, criterion):
+    def seen(images: int, seed: int = 0) -> list[Tensor]:
+        recipe = Recipe(data=DATA, model=network, steps=(TRAIN,), seed=seed)
+        return [image for batch, _ in TrainImages(prepare(recipe)[0], images) for image in batch]
+
+    counts = [len(seen(images)) for images in (1, 64, 100, 10_000)]
+    assert counts[:3] == [1, 64, 100]
+    assert counts[3] == len(prepare(Recipe(data=DATA, model=network, steps=(TRAIN,)))[0].data.train)
+    assert torch.equal(torch.stack(seen(20)), torch.stack(seen(20)))
+    assert not torch.equal(torch.stack(seen(20)), torch.stack(seen(20, seed=1)))
+    few, many = (left(network, TRAIN, Cut(sparsity=0.4, criterion=criterion, images=images)) for images in (1, 100))
+    assert not same(few, many)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales_change_what_is_ranked_over_all_layers(network, scale):
+    step = Cut(guide="ranking", budget=BudgetPart(params=0.4))
+    plain, scaled = (left(network, each) for each in (step, changed(step, "scale", scale)))
+    assert not same(plain, scaled)
+    alone = Cut(sparsity=0.4)
+    assert same(left(network, alone), left(network, changed(alone, "scale", scale)))
+
+
+def test_what_stays_when_it_is_said(network):
+    def channels(**limits: Any) -> int:
+        cut = Cut(sparsity=0.9, guide="uniform", limits=LimitsPart(**limits))
+        return len(left(network, cut)["0.weight"])
+
+    assert [channels(), channels(keep=("0",)), channels(least=7), channels(multiple={"0": 5})] == [3, 24, 7, 5]
+
+
+@pytest.mark.parametrize(("field", "value"), BUDGETS)
+def test_knobs_of_budgets(network, field, value):
+    step = Cut(guide="ranking", criterion="random", budget=BudgetPart(params=0.4))
+    assert not same(left(network, step), left(network, changed(step, field, value)))
 
 
 @pytest.mark.parametrize(("field", "value"), READING)

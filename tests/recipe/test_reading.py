@@ -10,7 +10,7 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.recipe.reading import build, embedded, line_of, parse, read_recipe
-from secateur.recipe.schema import Cut, Sparsify, Train
+from secateur.recipe.schema import BudgetPart, Cut, LimitsPart, Sparsify, Train
 
 TEXT = """\
 title = "mine"
@@ -54,7 +54,20 @@ def test_what_is_said_is_what_is_read():
         ("sparsity = 0.8", "sparsty = 0.8", "line 17: unknown key 'sparsty' in step 3 (cut); did you mean 'sparsity'?"),
         ("sparsity = 0.8", "sparsity = true", "line 17: sparsity in step 3 (cut) must be a number, and is true."),
         ("sparsity = 0.8", "sparsity = '0.8'", 'line 17: sparsity in step 3 (cut) must be a number, and is "0.8".'),
-        ("sparsity = 0.8\n", "", "line 15: step 3 (cut) has no 'sparsity', which it needs."),
+        ("sparsity = 0.8\n", "", "line 15: in step 3 (cut), the guide 'sparsity' needs a sparsity."),
+        ("sparsity = 0.8", "guide = 'ranking'", "line 15: in step 3 (cut), the guide 'ranking' needs a budget, such"),
+        ('p = "inf"', "guide = 'knapsack'", "line 15: in step 3 (cut), the guide 'knapsack' takes no sparsity."),
+        ("sparsity = 0.8", "guide = 'uniform'", "line 15: in step 3 (cut), the guide 'uniform' needs a sparsity or a"),
+        ('p = "inf"', "budget = {macs = 1.5}", "line 18: in step 3 (cut), the budget for macs is 1.5; give a share"),
+        ('p = "inf"', "budget = {macs = 0}", "line 18: in step 3 (cut), the budget for macs is 0; give a share"),
+        ('p = "inf"', "[steps.budget]\nbytes = 'x'", "line 19: in step 3 (cut), the budget for bytes is 'x'; give"),
+        ('p = "inf"', "budget = {}", "line 18: in step 3 (cut), the budget is empty; say what may be left of params"),
+        ('p = "inf"', "budget = {mac = 1}", "line 18: unknown key 'mac' in step 3 (cut); did you mean 'macs'? Choices"),
+        ('p = "inf"', "budget = 0.5", "line 18: budget in step 3 (cut) must be a table, and is 0.5."),
+        ('p = "inf"', "limits = {least = 0}", "line 18: in step 3 (cut), least is a number of units, 1 or more, and"),
+        ('p = "inf"', "[steps.limits]\ncap = {a = 2}", "line 19: in step 3 (cut), cap is the share of a group that"),
+        ('p = "inf"', "limits = {tied = 'a'}", "line 18: in step 3 (cut), tied is a list whose elements are patterns"),
+        ('p = "inf"', "limits = {lest = 1}", "line 18: unknown key 'lest' in step 3 (cut); did you mean 'least'?"),
         ("epochs = 3", "epochs = '3'", 'line 10: epochs in a stage of step 1 (train) must be a whole number'),
         ("epochs = 3", "epochs = 0", "line 10: epochs in a stage of step 1 (train) must be at least 1, and is 0."),
         ("epochs = 3", "epoch = 3", "line 10: unknown key 'epoch' in a stage of step 1 (train); did you mean"),
@@ -62,8 +75,8 @@ def test_what_is_said_is_what_is_read():
         ('"cut"', '"cutt"', "line 16: unknown kind of step 'cutt'; did you mean 'cut'? Choices: cut,"),
         ('kind = "cut"\n', "", "line 15: step 3 has no 'kind'; choose one of train, sparsify, cut."),
         ('p = "inf"', 'criterion = "magnitud"', "line 18: unknown criterion 'magnitud'; did you mean 'magnitude'?"),
-        ('p = "inf"', "guide = 3", "line 18: guide in step 3 (cut) must be 'sparsity' or 'uniform', and is 3."),
-        ('p = "inf"', "keep = 'linear'", 'line 18: keep in step 3 (cut) must be a list in brackets, and is "linear".'),
+        ('p = "inf"', "guide = 3", "line 18: guide in step 3 (cut) must be 'sparsity', 'uniform', 'ranking',"),
+        ('p = "inf"', "limits = {keep = 'a'}", "line 18: in step 3 (cut), keep is a list of patterns, and not 'a'."),
         ('p = "inf"', "p = 0", "line 18: p in step 3 (cut) must be greater than 0, and is 0."),
         ('[data]\nsource = "digits"\n', "", "r.toml: the recipe has no 'data', which it needs."),
         ('title = "mine"', "title = 3", "r.toml, line 1: title in the recipe must be a text in quotes, and is 3."),
@@ -80,6 +93,15 @@ def test_each_mistake_is_told_with_its_line(old, new, sentence):
     assert old in TEXT
     with pytest.raises(RecipeError, match=re.escape(sentence)):
         parse(TEXT.replace(old, new), "r.toml")
+
+
+def test_budgets_and_limits_are_read():
+    text = TEXT.replace("sparsity = 0.8", "guide = 'ranking'\nbudget = {macs = 0.5, params = 1_000}")
+    text = text.replace('p = "inf"', '[steps.limits]\nleast = {"*" = 8, "head*" = 2}\ntied = ["a*", ["b", "c"]]')
+    cut = parse(text).steps[2]
+    assert isinstance(cut, Cut)
+    assert cut.budget == BudgetPart(macs=0.5, params=1000)
+    assert cut.limits == LimitsPart(least={"*": 8, "head*": 2}, tied=("a*", ("b", "c")))
 
 
 def test_more_mistakes_are_counted():

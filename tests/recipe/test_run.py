@@ -17,7 +17,7 @@ from secateur.recipe.folder import load
 from secateur.recipe.journal import JOURNAL
 from secateur.recipe.reading import read_recipe
 from secateur.recipe.run import read_record, resume, run
-from secateur.recipe.schema import Cut, DataPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
 from secateur.recipe.steps import prepare
 from secateur.report.ledger import ChannelRow
 
@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, network):
         ({"data": DataPart(source="digit")}, UnknownName, "unknown data set 'digit'; did you mean 'digits'"),
         ({"data": DataPart(source="parquet:/nowhere")}, DataError, "nowhere"),
         ({"model": ModelPart(source="secateur:digits_vg")}, UnknownName, "did you mean 'digits_vgg'"),
-        ({"steps": (Cut(sparsity=0.5, keep=("9",)),)}, UnknownName, "unknown layer to keep '9'"),
+        ({"steps": (Cut(sparsity=0.5, limits=LimitsPart(keep=("9",))),)}, UnknownName, "unknown layer to keep '9'"),
         ({"steps": (TRAIN, Sparsify(sparsity=0.5, layers=("9.weight",)))}, UnknownName, "unknown weight '9.weight'"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from secateur.recipe.reading import parse
-from secateur.recipe.schema import Cut, DataPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import BudgetPart, Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
 
 SHARES = st.floats(0, 1, exclude_max=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -25,7 +25,21 @@ TRAINS = st.builds(
     augment=st.none() | st.just(("crop", "flip")),
 )
 SPARSIFIES = st.builds(Sparsify, sparsity=SHARES, layers=st.lists(TEXTS, max_size=2).map(tuple))
-CUTS = st.builds(Cut, sparsity=SHARES, p=st.sampled_from([1.0, 2.0, math.inf]), keep=st.lists(TEXTS).map(tuple))
+COUNTS = st.integers(1, 99)
+NAMES = st.lists(TEXTS, max_size=3).map(tuple)
+LIMITS = st.builds(
+    LimitsPart,
+    least=COUNTS | st.dictionaries(TEXTS, COUNTS, max_size=2),
+    multiple=COUNTS,
+    cap=SHARES | st.dictionaries(TEXTS, SHARES, max_size=2),
+    keep=NAMES,
+    tied=st.lists(TEXTS | NAMES, max_size=2).map(tuple),
+)
+BUDGETS = st.builds(BudgetPart, params=st.none() | COUNTS, macs=st.floats(0.01, 1) | st.integers(1, 10**15))
+PS = st.sampled_from([1.0, 2.0, math.inf])
+CUTS = st.builds(Cut, sparsity=SHARES, p=PS, limits=LIMITS) | st.builds(
+    Cut, budget=BUDGETS, guide=st.sampled_from(["uniform", "ranking", "knapsack"])
+)
 RECIPES = st.builds(
     Recipe,
     title=TEXTS,
@@ -49,7 +63,7 @@ def test_toml_and_back_is_the_same_recipe(made):
 
 def test_every_default_is_written_out():
     text = recipe(Cut(sparsity=0.5), Sparsify(sparsity=0.5)).to_toml()
-    for key in ("seed", "device", "validation", "normalise", "batch_size", "guide", "criterion", "least", "scope"):
+    for key in ("seed", "device", "validation", "normalise", "batch_size", "guide", "criterion", "limits", "scope"):
         assert f"\n{key} = " in text
 
 
@@ -57,6 +71,15 @@ def test_an_override_of_the_sparsity_reaches_every_pruning_step():
     train = Train(stages=(StagePart(lr=0.1, epochs=2),))
     changed = recipe(Sparsify(sparsity=0.1), train, Cut(sparsity=0.2, p=2)).with_sparsity(0.7)
     assert changed == recipe(Sparsify(sparsity=0.7), train, Cut(sparsity=0.7, p=2))
+    budgeted = Cut(guide="ranking", budget=BudgetPart(macs=0.5))
+    assert recipe(budgeted, Cut(sparsity=0.2)).with_sparsity(0.7) == recipe(budgeted, Cut(sparsity=0.7))
+
+
+def test_an_override_of_the_budget_reaches_every_step_that_cuts():
+    half = BudgetPart(macs=0.5)
+    steps = (Sparsify(sparsity=0.1), Cut(sparsity=0.2), Cut(sparsity=0.2, guide="uniform"))
+    wanted = (steps[0], Cut(sparsity=0.2, budget=half), Cut(budget=half, guide="uniform"))
+    assert recipe(*steps).with_budget({"macs": 0.5}) == recipe(*wanted)
 
 
 def test_an_override_of_the_epochs_reaches_the_last_training_step_alone():

@@ -5,6 +5,7 @@ import re
 import matplotlib
 import pytest
 
+from secateur.allocate.sensitivity import Curve, Sensitivity
 from secateur.errors import RunError
 from secateur.measure.sparsity import SparsityRow, SparsityTable
 from secateur.recover.history import EpochRow, History
@@ -38,6 +39,15 @@ def test_save_plots_writes_the_same_bytes_again(demo, tmp_path):
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert "prefers-color-scheme: dark" in (tmp_path / "a" / "ledger.svg").read_text(encoding="utf-8")
+
+
+def test_sensitivity_has_a_line_for_each_group_and_names_the_worst():
+    curves = (Curve("a", 8, (2, 4), (1.5, 3.0)), Curve("b", 4, (1, 3), (1.1, 9.0)), Curve("c", 1, (), ()))
+    (axes,) = plots.draw_sensitivity(Sensitivity(1.0, curves)).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 1.5, 3.0], [1.0, 1.1, 9.0]]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 0.25, 0.5], [0, 0.25, 0.75]]
+    assert [text.get_text() for text in axes.texts] == ["b"]
+    assert not plots.draw_sensitivity(Sensitivity(1.0, ())).axes[0].lines
 
 
 def test_save_plots_into_a_missing_folder(demo, tmp_path):

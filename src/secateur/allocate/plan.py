@@ -1,8 +1,7 @@
-"""Scores + a strategy -> `Plan`: which units stay. Immutable, hashed, a JSON value."""
+"""Scores + a strategy + budget and limits -> `Plan`: which units stay. Immutable, hashed, a JSON value."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from secateur.errors import PlanError, UnknownName
-from secateur.graph.records import Group, Groups
+from secateur.allocate.budget import Budget
+from secateur.allocate.limits import Limits
+from secateur.allocate.problem import Problem
+from secateur.allocate.ranking import GlobalRanking
+from secateur.errors import PlanError
+from secateur.graph.records import Groups
 from secateur.score.scoring import Scores
 
-Strategy = Callable[[Groups], Sequence[float]]
-"""For each group, the share of its units to cut, in [0, 1]; `allocate` always leaves `least` of them."""
+Strategy = Callable[[Problem], Sequence[int]]
+"""For each group, how many of its units stay; `Problem` has what there is to know, and answers ready made."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Plan:
         """MACs of the cut model for the batch of the example inputs (see `Groups.macs_left`)."""
         return self.groups.macs_left(self.keep)
 
+    @property
+    def bytes_left(self) -> int:
+        """Bytes of the cut model's tensors, as they are saved."""
+        return self.groups.costs.bytes(self.groups.stays(self.keep))
+
     def attributes(self) -> dict[str, dict[str, int | tuple[int, ...]]]:
         """Module path -> attribute -> value after the cut, for the integers that change."""
         return self.groups.attributes(self.keep)
@@ -93,44 +101,49 @@ class Plan:
 
 
 def allocate(
-    scores: Scores, strategy: Strategy, *, least: int = 1, multiple: int = 1, keep: Sequence[str] = ()
+    scores: Scores, strategy: Strategy | Budget, *, budget: Budget | None = None, limits: Limits | None = None
 ) -> Plan:
-    """In each group, cut the share that `strategy` says, lowest scores first (of equal ones, the later first).
+    """Choose how many units of each group stay, and keep those with the highest scores (of equal ones, the first).
 
     Args:
         scores: from `score`.
-        strategy: `Uniform`, `SparsityGuided`, or any function of the groups that gives a share for each.
-        least: units that stay at least, in every group.
-        multiple: round the units that stay up to a multiple of this, for hardware that likes it.
-        keep: groups not to cut: patterns that a group's name, or a tensor it is made by, matches.
+        strategy: `GlobalRanking`, `Knapsack`, `Uniform`, `SparsityGuided`, `SensitivityGuided`, or any function of a
+            `Problem` that gives the number of units that stay for each group; limits round it up. A budget in its
+            place is met by `GlobalRanking`.
+        budget: what may be left, at most. Afterwards no single unit more, or as many as the limits let stay or go at
+            once, would fit into it.
+        limits: what no plan may do.
 
     Raises:
-        PlanError: a share outside [0, 1]. UnknownName: a pattern that matches nothing.
+        PlanError: no plan within the limits meets the budget (says how near one can come, and what stands in the way),
+            or the strategy's does not. UnknownName: a limit for a group that does not exist.
+
+    >>> import torch, secateur as sc
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 2))
+    >>> scores = sc.score(net, sc.find_groups(net, torch.zeros(1, 4)), sc.Magnitude())
+    >>> sc.allocate(scores, sc.Budget(macs=0.5)).macs_left, scores.groups.macs
+    (300, 600)
+    >>> len(sc.allocate(scores, sc.Uniform(0.3), limits=sc.Limits(multiple=8)).keep[0])
+    72
     """
-    groups = scores.groups.groups
-    shares = list(strategy(scores.groups))
-    kept = _kept_whole(groups, keep)
-    chosen = []
-    for group, values, share in zip(groups, scores.values, shares, strict=True):
-        if not 0 <= share <= 1:
-            raise PlanError(f"the share to cut of group {group.name!r} is {share}; it must be in [0, 1].")
-        stay = group.size if group.name in kept else group.size - int(group.size * share)
-        stay = min(group.size, max(-(-stay // multiple) * multiple, least, 1))
-        ranked = values.argsort(descending=True, stable=True)[:stay]
-        chosen.append(tuple(sorted(ranked.tolist())))
-    return Plan(scores.groups, tuple(chosen))
+    if isinstance(strategy, Budget):
+        if budget is not None:
+            raise PlanError("there are two budgets; put them into one, as in Budget(macs=0.5, params=0.6).")
+        budget, strategy = strategy, GlobalRanking()
+    problem = Problem(scores, limits or Limits(), budget)
+    problem.check()
+    asked, wanted = list(strategy(problem)), len(scores.groups.groups)
+    if len(asked) != wanted:
+        raise PlanError(f"the strategy gave {len(asked)} counts of units, and the model has {wanted} groups.")
+    plan = Plan(scores.groups, best_units(scores, problem.counts(problem.ladder.allowed(asked))))
+    for target, left in zip(problem.targets, problem.exactly_left(plan.keep)):
+        if left > target.most:
+            raise PlanError(f"the strategy's plan leaves {target.said(left)}, and the budget is {target}.")
+    return plan
 
 
-def _kept_whole(groups: Sequence[Group], patterns: Sequence[str]) -> set[str]:
-    names = {group.name: {group.name, *(s.tensor for s in group.slots if s.role == "write")} for group in groups}
-    kept = set()
-    for pattern in patterns:
-        found = {name for name, all_names in names.items() if any(_matches(n, pattern) for n in all_names)}
-        if not found:
-            raise UnknownName("layer to keep", pattern, names)
-        kept |= found
-    return kept
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+def best_units(scores: Scores, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """So many units of each group, those with the highest scores; of equal ones, the first."""
+    chosen = (values.argsort(descending=True, stable=True)[:n] for values, n in zip(scores.values, counts))
+    return tuple(tuple(sorted(units.tolist())) for units in chosen)

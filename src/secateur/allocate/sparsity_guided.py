@@ -2,6 +2,7 @@
 
 Global pruning compares weights over all layers, so it finds where the network has weights to spare; cutting that share
 of each layer's channels turns the finding into a smaller dense network: `out - floor(out * sparsity)` stay.
+With a budget, the shares keep their proportions: all are multiplied by the one number at which it is met.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from secateur.allocate.problem import Problem
 from secateur.errors import PlanError
-from secateur.graph.records import Group, Groups
+from secateur.graph.records import Groups
+from secateur.graph.slots import Group
 from secateur.measure.sparsity import SparsityTable
 
 
@@ -27,8 +30,12 @@ class SparsityGuided:
 
     table: SparsityTable
 
-    def __call__(self, groups: Groups) -> Sequence[float]:
-        """One share per group; PlanError if the table does not know a group's tensors."""
+    def __call__(self, problem: Problem) -> Sequence[int]:
+        """How many units of each group stay; PlanError if the table does not know a group's tensors."""
+        return problem.by_shares(self.shares(problem.groups))
+
+    def shares(self, groups: Groups) -> Sequence[float]:
+        """The share of each group that goes, where there is no budget."""
         return [self._share(group) for group in groups.groups]
 
     def _share(self, group: Group) -> float:

@@ -6,9 +6,11 @@ Whatever is wrong is raised as the reading of a recipe file raises it, in one se
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +44,26 @@ def recipe_from(
     sparsity: float | None = None,
     epochs: int | None = None,
     normalise: str | None = None,
+    budget: Sequence[str] = (),
 ) -> Recipe:
     """The recipe file `path` with the options' values in place of its own; without a file, a recipe of the options.
 
-    That recipe cuts at `sparsity` (0.5 if left out), guided by the sparsity of each layer, and fine-tunes for
-    `epochs` (3 if left out).
+    That recipe cuts at `sparsity` (0.5 if left out), guided by the sparsity of each layer, or, with a `budget` alone,
+    by a ranking of all units; and fine-tunes for `epochs` (3 if left out).
 
     Raises `RecipeError` where the file or an option is wrong, or too little is said.
     """
+    left = amounts(budget)
     if path is not None:
-        parts = changed(read_recipe(path), sparsity=sparsity, epochs=epochs).model_dump()
+        parts = changed(read_recipe(path), sparsity=sparsity, epochs=epochs, budget=left or None).model_dump()
     elif model is None or data is None:
         missing = " and ".join(option for option, value in (("--model", model), ("--data", data)) if value is None)
         raise RecipeError(f"there is no recipe and no {missing}; give a recipe file, or both --model and --data.")
     else:
-        cut = {"kind": "cut", "sparsity": SPARSITY if sparsity is None else sparsity}
+        cut: dict[str, Any] = {"kind": "cut", "sparsity": SPARSITY if sparsity is None else sparsity}
+        if left:
+            cut = {"kind": "cut", "budget": left, "sparsity": sparsity}
+            cut["guide"] = "ranking" if sparsity is None else "sparsity"
         stages = ({"lr": RATE, "epochs": EPOCHS if epochs is None else epochs},)
         parts = {"data": {}, "model": {}, "steps": (cut, {"kind": "train", "stages": stages, "schedule": "cosine"})}
     if data is not None:
@@ -68,6 +75,22 @@ def recipe_from(
     if weights is not None:
         parts["model"]["weights"] = weights
     return anchored(build(**parts), Path.cwd())
+
+
+def amounts(words: Sequence[str]) -> dict[str, float]:
+    """A budget in words, each a measure and a share or a count.
+
+    >>> amounts(["macs=0.5", "params=1_000_000"])
+    {'macs': 0.5, 'params': 1000000}
+    """
+    out: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            out[name] = float(value) if "." in value or "e" in value else int(value)
+        except ValueError:
+            raise RecipeError(f"--budget {word!r} says no number; write macs=0.5, or params=1000000.") from None
+    return out
 
 
 def run_folder(path: Path | None, recipe: Recipe) -> Path:

@@ -14,7 +14,17 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError, UnknownName
-from secateur.recipe.schema import Cut, DataPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import (
+    BudgetPart,
+    Cut,
+    DataPart,
+    LimitsPart,
+    ModelPart,
+    Recipe,
+    Sparsify,
+    StagePart,
+    Train,
+)
 
 KINDS = (Train, Sparsify, Cut)
 NAMES = tuple((kind.model_fields["kind"].default, kind) for kind in KINDS)
@@ -89,18 +99,27 @@ def build(**parts: Any) -> Recipe:
         raise RecipeError(_sentence(error, "", "the options")) from error
 
 
-def changed(recipe: Recipe, *, sparsity: float | None = None, epochs: int | None = None) -> Recipe:
-    """The recipe with another sparsity in its pruning steps, or other epochs in its last training step.
+def changed(
+    recipe: Recipe,
+    *,
+    sparsity: float | None = None,
+    epochs: int | None = None,
+    budget: dict[str, float] | None = None,
+) -> Recipe:
+    """The recipe with another sparsity or budget in its pruning steps, or other epochs in its last training step.
 
     Raises `RecipeError` for a value that is out of range, and where no step takes it.
     """
     trains = [isinstance(step, Train) for step in recipe.steps]
-    if sparsity is not None and all(trains):
-        raise RecipeError("the recipe has no step that prunes, so a sparsity changes nothing; leave it out.")
+    if sparsity is not None and all(isinstance(step, Train) or step.sparsity is None for step in recipe.steps):
+        raise RecipeError("the recipe has no step that prunes by a sparsity, so one changes nothing; leave it out.")
+    if budget is not None and not any(isinstance(step, Cut) for step in recipe.steps):
+        raise RecipeError("the recipe has no step that cuts, so a budget changes nothing; leave it out.")
     if epochs is not None and not any(trains):
         raise RecipeError("the recipe has no training step, so epochs change nothing; leave them out.")
     try:
         recipe = recipe if sparsity is None else recipe.with_sparsity(sparsity)
+        recipe = recipe if budget is None else recipe.with_budget(budget)
         return recipe if epochs is None else recipe.with_epochs(epochs)
     except ValidationError as error:
         raise RecipeError(_sentence(error, "", "the options")) from error
@@ -163,6 +182,9 @@ def _sentence(error: ValidationError, text: str, name: str) -> str:
 
 def _said(found: Any, path: tuple[str | int, ...], kind: str | None) -> str:
     """What is wrong at `path`, and what is allowed there."""
+    if found["type"] == "value_error":
+        place = _table(path if isinstance(path[-1], str) else (*path, ""), kind)
+        return f"in {place}, {found['ctx']['error']}"
     key, table, value, context = str(path[-1]), _table(path, kind), found["input"], found.get("ctx", {})
     if found["type"] == "extra_forbidden":
         said = str(UnknownName("key", key, _fields(path[:-1], kind)))
@@ -203,5 +225,6 @@ def _fields(path: tuple[str | int, ...], kind: str | None) -> list[str]:
     elif path[:1] == ("model",):
         part = ModelPart
     elif path[:1] == ("steps",):
-        part = StagePart if "stages" in path else dict(NAMES)[str(kind)]
+        nested: dict[str | int, type[BaseModel]] = {"stages": StagePart, "budget": BudgetPart, "limits": LimitsPart}
+        part = next((nested[key] for key in path if key in nested), dict(NAMES)[str(kind)])
     return list(part.model_fields)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, model_validator
+
+from secateur.allocate.budget import Budget
+from secateur.allocate.limits import Limits
+from secateur.errors import PlanError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -28,6 +32,48 @@ class Part(BaseModel):
     """What the parts of a recipe have in common: they cannot be changed, and know no key but their own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _as_in(record: type[Budget | Limits]) -> BeforeValidator:
+    """A field is right where the record of the same field takes it, and else wrong in the record's words."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        try:
+            if value is not None:
+                record(**{str(info.field_name): value})
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+        return _tuples(value)
+
+    return BeforeValidator(check)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+class BudgetPart(Part):
+    """What may be left, at most: shares of the whole or counts (`allocate.budget.Budget`)."""
+
+    params: Annotated[int | float | None, _as_in(Budget)] = None
+    macs: Annotated[int | float | None, _as_in(Budget)] = None
+    bytes: Annotated[int | float | None, _as_in(Budget)] = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("the budget is empty; say what may be left of params, macs or bytes.")
+        return self
+
+
+class LimitsPart(Part):
+    """What no plan may do (`allocate.limits.Limits`)."""
+
+    least: Annotated[int | dict[str, int], _as_in(Limits)] = 1
+    multiple: Annotated[int | dict[str, int], _as_in(Limits)] = 1
+    cap: Annotated[float | dict[str, float], _as_in(Limits)] = 1.0
+    keep: Annotated[tuple[str, ...], _as_in(Limits)] = ()
+    tied: Annotated[tuple[str | tuple[str, ...], ...], _as_in(Limits)] = ()
 
 
 class DataPart(Part):
@@ -84,16 +130,34 @@ class Sparsify(Part):
 
 
 class Cut(Part):
-    """Take channels out; `guide` says how much each layer gives, `criterion` which of its channels go."""
+    """Take channels out; `guide` says how much each layer gives, `criterion` which of its channels go.
+
+    How much goes in all is said by `sparsity`, or by `budget`; the shares that sparsity guides are scaled to a budget.
+    `scale` makes scores of different layers comparable, for guides that compare them. `p` is the order of "magnitude",
+    also where "batch-norm" finds no batch norm; "taylor" and "fisher" look at so many `images` of train.
+    """
 
     kind: Literal["cut"] = "cut"
-    sparsity: Share
-    guide: Literal["sparsity", "uniform"] = "sparsity"
-    criterion: Literal["magnitude", "random"] = "magnitude"
+    sparsity: Share | None = None
+    budget: BudgetPart | None = None
+    guide: Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"] = "sparsity"
+    criterion: Literal["magnitude", "random", "median", "batch-norm", "taylor", "fisher"] = "magnitude"
+    scale: Literal["none", "mean", "max", "gaussian", "lamp"] = "none"
     p: Norm = 1.0
-    keep: tuple[str, ...] = ()
-    least: Count = 1
-    multiple: Count = 1
+    images: Count = 256
+    limits: LimitsPart = Field(default_factory=LimitsPart)
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        has, budgeted = self.sparsity is not None, self.budget is not None
+        if self.guide == "sparsity" and not has:
+            raise ValueError("the guide 'sparsity' needs a sparsity.")
+        if self.guide == "uniform" and has == budgeted:
+            raise ValueError("the guide 'uniform' needs a sparsity or a budget, one of them.")
+        if self.guide not in ("sparsity", "uniform") and (has or not budgeted):
+            needs = "takes no sparsity" if has else "needs a budget, such as budget = {macs = 0.5}"
+            raise ValueError(f"the guide {self.guide!r} {needs}.")
+        return self
 
 
 Step = Annotated[Train | Sparsify | Cut, Field(discriminator="kind")]
@@ -126,10 +190,10 @@ class Recipe(Part):
     sparsity = 0.5
     guide = "sparsity"
     criterion = "magnitude"
+    scale = "none"
     p = 1.0
-    keep = []
-    least = 1
-    multiple = 1
+    images = 256
+    limits = {least = 1, multiple = 1, cap = 1.0, keep = [], tied = []}
     <BLANKLINE>
     """
 
@@ -149,11 +213,20 @@ class Recipe(Part):
         return "\n".join([_lines(value), *(f"{header}\n{_lines(table)}" for header, table in tables)])
 
     def with_sparsity(self, sparsity: float) -> Recipe:
-        """The recipe with `sparsity` in every step that prunes."""
+        """The recipe with `sparsity` in every step that has one."""
         return self._with_steps(
-            step if isinstance(step, Train) else step.model_copy(update={"sparsity": sparsity})
+            step if isinstance(step, Train) or step.sparsity is None else step.model_copy(update={"sparsity": sparsity})
             for step in self.steps
         )
+
+    def with_budget(self, budget: dict[str, float]) -> Recipe:
+        """The recipe with `budget` in every step that cuts; of the guide 'uniform', it takes the sparsity's place."""
+
+        def budgeted(step: Cut) -> dict[str, Any]:
+            sparsity = None if step.guide == "uniform" else step.sparsity
+            return {**step.model_dump(), "sparsity": sparsity, "budget": budget}
+
+        return self._with_steps(budgeted(step) if isinstance(step, Cut) else step for step in self.steps)
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The recipe with its last training step made `epochs` epochs at that step's first rate."""
@@ -170,16 +243,21 @@ class Recipe(Part):
 
     def _with_steps(self, steps: Any) -> Recipe:
         # Built anew, not copied: `model_copy` would let a sparsity of 1.2 through.
-        return Recipe.model_validate({**dict(self), "steps": [step.model_dump() for step in steps]})
+        parts = [step.model_dump() if isinstance(step, Part) else step for step in steps]
+        return Recipe.model_validate({**dict(self), "steps": parts})
 
 
 def _lines(table: dict[str, Any]) -> str:
     return "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
 
 
+def _key(key: str) -> str:
+    return key if key.isidentifier() and key.isascii() else _value(key)
+
+
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     # A TOML basic string is a JSON string, but for DEL, which TOML wants escaped.

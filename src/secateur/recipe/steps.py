@@ -14,23 +14,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.plan import Plan, allocate
-from secateur.allocate.sparsity_guided import SparsityGuided
-from secateur.allocate.uniform import Uniform
 from secateur.errors import ProofError, RecipeError
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import tensor_shapes
 from secateur.graph.records import Groups
 from secateur.recipe.architecture import Architecture
 from secateur.recipe.journal import Outcome
+from secateur.recipe.planning import how_much, plan_for, sparsity_for
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recover.history import EpochRow
 from secateur.recover.train import Stage, fine_tune
 from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
+from secateur.score.batch_norm import BatchNormScale
+from secateur.score.fisher import Fisher
+from secateur.score.gates import Batches
 from secateur.score.magnitude import Magnitude
+from secateur.score.median import Median
 from secateur.score.random import Random
-from secateur.score.scoring import score
+from secateur.score.scaling import by_max, by_mean, gaussian, lamp, none
+from secateur.score.scoring import Criterion, Scores, score
+from secateur.score.taylor import Taylor
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
 from secateur.surgery.masks import Masks, find_masks
@@ -84,7 +88,7 @@ def prepare(recipe: Recipe) -> tuple[Setting, State]:
     built = build_model(
         network.source, classes=len(data.classes), weights=network.weights, pretrained=network.pretrained
     )
-    _rehearse(recipe, built.model, data.example(2))
+    _rehearse(recipe, built.model, data)
     # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
     trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
     setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes))
@@ -179,20 +183,19 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
     Raises `ProofError` with the certificate's sentence where it does not.
     """
     model, example = state.model.eval(), setting.data.example(2, setting.device)
-    table = find_masks(model, step.sparsity).table() if step.guide == "sparsity" else None
     groups = find_groups(model, example)
-    plan = plan_for(step, model, groups, setting.recipe.seed)
+    scores = scores_for(step, model, groups, setting.recipe.seed, TrainImages(setting, step.images))
+    plan = plan_for(step, model, scores)
     smaller = apply(model, plan)
     certificate = certify(model, smaller, plan, example)
     if not certificate.ok:
         raise ProofError(certificate.sentence)
     notes = (certificate.sentence, *(() if state.masks is None else (MASKS_END,)))
-    share = numbers.share(step.sparsity)
     outcome = Outcome(
         "cut",
-        note=f"{share}, guided by {step.guide}" if table else f"{share} of each layer",
+        note=how_much(step),
         notes=notes,
-        sparsity=table,
+        sparsity=sparsity_for(step, model),
         channels=tuple(ChannelRow(*row) for row in plan.channels()),
         frozen=tuple(FrozenRow(axis.tensor, axis.reason) for axis in groups.frozen),
         certificate=tuple(CheckRow(*row) for row in certificate.rows()),
@@ -206,26 +209,48 @@ MASKS_END = (
 )
 
 
-def plan_for(step: Cut, model: nn.Module, groups: Groups, seed: int) -> Plan:
-    """Which channels a cut step takes."""
-    criterion = Magnitude(p=step.p) if step.criterion == "magnitude" else Random(seed)
-    strategy = (
-        SparsityGuided(find_masks(model, step.sparsity).table())
-        if step.guide == "sparsity"
-        else Uniform(step.sparsity)
-    )
-    return allocate(
-        score(model, groups, criterion), strategy, least=step.least, multiple=step.multiple, keep=step.keep
-    )
+@dataclass(frozen=True)
+class TrainImages:
+    """`count` images of the train split with their labels, drawn with the recipe's seed; all, if there are no more."""
+
+    setting: Setting
+    count: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe, left = self.setting.recipe, self.count
+        size = min(recipe.data.batch_size, left)
+        for images, labels in self.setting.data.batches(
+            "train", size, shuffle=recipe.seed, device=self.setting.device
+        ):
+            yield images[:left], labels[:left]
+            left -= len(labels)
+            if left <= 0:
+                return
 
 
-def _rehearse(recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+def scores_for(step: Cut, model: nn.Module, groups: Groups, seed: int, batches: Batches) -> Scores:
+    """How much each channel matters to a cut step; `batches` are for criteria that look at images."""
+    magnitude = Magnitude(step.p)
+    criteria: dict[str, Criterion] = {
+        "magnitude": magnitude,
+        "random": Random(seed),
+        "median": Median(),
+        "batch-norm": BatchNormScale(otherwise=magnitude),
+        "taylor": Taylor(batches),
+        "fisher": Fisher(batches),
+    }
+    scales = {"none": none, "mean": by_mean, "max": by_max, "gaussian": gaussian, "lamp": lamp}
+    return score(model, groups, criteria[step.criterion], scales[step.scale])
+
+
+def _rehearse(recipe: Recipe, model: nn.Module, data: Data) -> None:
     """Plans every step on the model as it comes: a layer that does not exist shall not be found after hours."""
     cuts = [step for step in recipe.steps if isinstance(step, Cut)]
-    groups = find_groups(model, example) if cuts else None
+    batches = [(data.example(2), data.train.labels[:2])]
+    groups = find_groups(model, batches[0][0]) if cuts else None
     for step in recipe.steps:
         if isinstance(step, Cut) and groups is not None:
-            plan_for(step, model, groups, recipe.seed)
+            plan_for(step, model, scores_for(step, model, groups, recipe.seed, batches))
         elif isinstance(step, Sparsify):
             find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
 

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from secateur.allocate.sensitivity import Sensitivity
 from secateur.codec.files import write_bytes, write_text
 from secateur.measure.sparsity import SparsityTable
 from secateur.recover.history import EpochRow, History
@@ -180,6 +181,27 @@ def draw_sparsity(table: SparsityTable, width: float = WIDE) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.grid(axis="y")
     _layer_axis(axes, [_short(row.name) for row in table.rows] if named else None, len(shares))
+    return figure
+
+
+def draw_sensitivity(sensitivity: Sensitivity, width: float = WIDE) -> Figure:
+    """The loss against the share of a group that is cut, a line for each group; the worst is named.
+
+    >>> len(draw_sensitivity(Sensitivity(1.0, ())).axes)
+    1
+    """
+    figure = _figure(width, 2.9)
+    axes = figure.subplots()
+    curves = sorted((curve for curve in sensitivity.curves if curve.gone), key=lambda curve: curve.losses[-1])
+    for curve in curves:
+        shares = [gone / curve.size for gone in (0, *curve.gone)]
+        colour = WARM if curve is curves[-1] else ACCENT
+        axes.plot(shares, [sensitivity.whole, *curve.losses], color=colour, linewidth=0.9, marker="o", markersize=2.5)
+    for curve in curves[-1:]:
+        _note(axes, _short(curve.group), (shares[-1], curve.losses[-1]), (5, 0), colour=WARM, va="center")
+    axes.set(xlim=(0, None), xlabel="share of the group that is cut", ylabel="loss")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.grid(axis="y")
     return figure
 
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.graph.records import Groups, Slot
+from secateur.graph.records import Groups
+from secateur.score.combining import Combine
 from secateur.score.scoring import tensors_of
+from secateur.score.weights import along, by_unit, check_roles, chosen, wide
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Magnitude:
         roles: whose weights count: "write" are those that make the unit (a filter), "read" those that take it in
             (the next layer's input channel), "scale" batch norm and biases. A group without any of these roles
             is scored by all its weights.
+        combine: makes one number of the norms that a unit has in each tensor, such as `combining.mean`; left out, the
+            norm is over the weights of all tensors together.
+
+    Raises:
+        PlanError: an order that is not above 0. UnknownName: a role that does not exist.
 
     >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, -4.0], [1.0, 0.0]]))
@@ -35,30 +43,35 @@ class Magnitude:
 
     p: float = 1.0
     roles: tuple[str, ...] = ("write",)
+    combine: Combine | None = None
 
     def __post_init__(self) -> None:
         if not self.p > 0:
             raise PlanError(f"the order of a norm must be above 0, and {self.p} is not; 1, 2 and inf are usual.")
+        check_roles(self.roles)
 
     def __call__(self, model: nn.Module, groups: Groups) -> Sequence[Tensor]:
         """One score per unit."""
         tensors = tensors_of(model)
+
+        @cache
+        def norms(tensor: str, dim: int) -> Tensor:
+            return along(torch.abs, partial(_norm, self.p), dim, tensors[tensor].detach())
+
         out = []
-        for group in groups.groups:
-            slots = [s for s in group.slots if s.role in self.roles and tensors[s.tensor].is_floating_point()]
-            rows = [by_unit(tensors[slot.tensor].detach(), slot) for slot in slots or group.slots]
-            out.append(self._norm(rows))
+        for slots in chosen(groups, self.roles):
+            rows = torch.stack([_norm(self.p, by_unit(norms(s.tensor, s.dim), s)) for s in slots])
+            out.append(_norm(self.p, rows.T) if self.combine is None else self.combine(rows))
         return out
 
-    def _norm(self, rows: Sequence[Tensor]) -> Tensor:
-        if math.isinf(self.p):
-            return torch.stack([row.abs().amax(1) for row in rows]).amax(0).double()
-        powers = [row.abs().pow(self.p).sum(1, dtype=torch.float64) for row in rows]
-        return torch.stack(powers).sum(0).pow(1 / self.p)
 
-
-def by_unit(tensor: Tensor, slot: Slot) -> Tensor:
-    """All of a tensor's entries that belong to a unit, as a row: (units, entries)."""
-    index = torch.tensor(slot.index, device=tensor.device)
-    rows = tensor.movedim(slot.dim, 0).reshape(tensor.shape[slot.dim], -1)
-    return rows[index.flatten()].reshape(len(slot.index), -1)
+def _norm(p: float, sizes: Tensor) -> Tensor:
+    """The norm of each row of absolute values."""
+    if p == 1:
+        return (sizes.float() if sizes.element_size() < 4 else sizes).sum(1)  # torch adds up pairwise: off by rounding
+    top = sizes.amax(1, keepdim=True).to(wide(sizes))
+    if math.isinf(p):
+        return top[:, 0]
+    # As shares of the largest: a high power of a small weight would be nothing.
+    shares = sizes / top.clamp(min=torch.finfo(top.dtype).tiny)
+    return top[:, 0] * shares.pow(p).sum(1).pow(1 / p)

@@ -1,0 +1,62 @@
+"""How much a cut step of a recipe takes from which layer: its words as budget, limits and strategy."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from secateur.allocate.budget import WORDS, Budget
+from secateur.allocate.knapsack import Knapsack
+from secateur.allocate.limits import Limits
+from secateur.allocate.plan import Plan, Strategy, allocate
+from secateur.allocate.ranking import GlobalRanking
+from secateur.allocate.sparsity_guided import SparsityGuided
+from secateur.allocate.uniform import Uniform
+from secateur.measure.sparsity import SparsityTable
+from secateur.recipe.schema import Cut
+from secateur.report import numbers
+from secateur.score.scoring import Scores
+from secateur.surgery.masks import find_masks
+
+
+def plan_for(step: Cut, model: nn.Module, scores: Scores) -> Plan:
+    """Which channels a cut step takes."""
+    budget = None if step.budget is None else Budget(**step.budget.model_dump())
+    return allocate(scores, strategy_of(step, model), budget=budget, limits=Limits(**step.limits.model_dump()))
+
+
+def strategy_of(step: Cut, model: nn.Module) -> Strategy:
+    """How a cut step shares out what goes."""
+    table = sparsity_for(step, model)
+    if table is not None:
+        return SparsityGuided(table)
+    if step.guide == "uniform":
+        return Uniform(step.sparsity)
+    return Knapsack() if step.guide == "knapsack" else GlobalRanking(per_cost=step.guide == "ranking-per-cost")
+
+
+def sparsity_for(step: Cut, model: nn.Module) -> SparsityTable | None:
+    """The sparsity of each layer, if that guides the step."""
+    if step.guide != "sparsity" or step.sparsity is None:
+        return None
+    return find_masks(model, step.sparsity).table()
+
+
+def how_much(step: Cut) -> str:
+    """What a cut step takes, in a few words.
+
+    >>> how_much(Cut(sparsity=0.5)), how_much(Cut(sparsity=0.3, guide="uniform"))
+    ('50 %, guided by sparsity', '30 % of each layer')
+    >>> how_much(Cut(guide="knapsack", budget={"macs": 0.5, "params": 10000}))
+    'to 10,000 parameters and 50 % of the MACs, by knapsack'
+    """
+    said = [] if step.sparsity is None else [numbers.share(step.sparsity)]
+    if step.budget is not None:
+        left = step.budget.model_dump(exclude_none=True).items()
+        said.append("to " + " and ".join(f"{_amount(value)} {WORDS[name]}" for name, value in left))
+    if step.guide == "uniform":
+        return f"{said[0]} of each layer" if step.budget is None else f"{said[0]}, the same share of each layer"
+    return f"{', '.join(said)}, {'guided by' if step.guide == 'sparsity' else 'by'} {step.guide}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{numbers.share(value)} of the"
