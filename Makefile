@@ -20,7 +20,7 @@ types: $(INSTALLED)
 
 tests: $(INSTALLED)
 	@echo "== pytest and doctests"
-	@$(BIN)/python -m pytest --doctest-modules src tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --doctest-modules src tests
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secateur needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'

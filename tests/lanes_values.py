@@ -148,6 +148,21 @@ CONSTANTS = Family(nn.Linear, noise(2, 6, 4), {
     "cat with zeros": Lane(lambda: lambda x: torch.cat([x, x.new_zeros(2, 6, 4)], -1), 12, (8, 4)),
 })  # fmt: skip
 
+DRAWS = Family(nn.Linear, noise(2, 6, 4), {
+    **each({
+        "rand": lambda x: x * torch.rand(x.shape, dtype=x.dtype),
+        "randn": lambda x: x * torch.randn(x.shape, dtype=x.dtype),
+        "rand_like": lambda x: x * torch.rand_like(x),
+        "randn_like": lambda x: x + x.sigmoid() * torch.randn_like(x),
+        "bernoulli": lambda x: x * torch.bernoulli(x.sigmoid()),
+        "uniform": lambda x: x * torch.empty_like(x).uniform_(1, 2),
+        "normal": lambda x: x * torch.empty_like(x).normal_(),
+        "exponential": lambda x: (x - torch.empty_like(x).exponential_().log()).softmax(1),
+        "dropout": lambda x: F.dropout(x, 0.5, training=True),
+        "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    }),
+})  # fmt: skip
+
 
 class Twice(nn.Module):
     """A layer of two operands, given the same twice."""
@@ -241,11 +256,9 @@ EXPORTED = Family(conv2, noise(2, 4, 8, 8), {
 
 ELSEWHERE = Family(conv2, noise(2, 4, 8, 8), {
     **{name: Lane(lambda name=name: Norm(name)) for name in ("cudnn_batch_norm", "miopen_batch_norm")},
-    "dropout": Lane(lambda: lambda x: F.dropout(x, 0.5, training=True)),
-    "native_dropout": Lane(lambda: lambda x: torch.native_dropout(x, 0.5, True)[0]),
 })  # fmt: skip
 
 VALUES = MappingProxyType({
     "unary": UNARY, "activations": ACTIVATIONS, "elementwise": ELEMENTWISE, "statistics": STATISTICS,
-    "constants": CONSTANTS, "products": PRODUCTS, "whole": WHOLE, "exported": EXPORTED,
+    "constants": CONSTANTS, "draws": DRAWS, "products": PRODUCTS, "whole": WHOLE, "exported": EXPORTED,
 })  # fmt: skip

@@ -92,7 +92,7 @@ def test_compress_then_report_measure_and_load(capsys):
     assert "Sparsity of each layer" in out
     assert Path("runs/mine/report.html").read_text().startswith("<!")
     assert main(["measure", "--model", "runs/mine", "--data", "digits"]) == 0
-    assert "Accuracy (top-1) and loss on 359 images" in capsys.readouterr().out
+    assert "Accuracy (top-1) and loss on 359 images" in " ".join(capsys.readouterr().out.split())
     assert main(["inspect", "--model", "runs/mine", "--input", "1,1,8,8"]) == 0
     assert "reaches the model's output" in capsys.readouterr().out
 

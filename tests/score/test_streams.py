@@ -79,6 +79,21 @@ def test_patches_and_weights_are_what_the_convolution_multiplies() -> None:
     assert energy.item() == pytest.approx(outputs.var(0, correction=0).sum().item(), rel=1e-9)
 
 
+def test_what_outputs_join_is_the_stream_that_they_are_added_to() -> None:
+    model, x = networks.build(networks.NETWORKS[1]).double(), drawn(6, 3, 8, 8)
+    ends = stream(model, find_groups(model, x), [x[:4], x[4:]], joined=True)
+    stem = model.stem(x)
+    inner = model.a(stem)
+    added = stem + model.norm(model.b(torch.relu(inner)))
+    logits = model.head(torch.relu(added).mean((2, 3)))
+    wanted = {6: inner.movedim(1, -1).flatten(0, -2), 8: added.movedim(1, -1).flatten(0, -2), 5: logits}
+    assert {len(end.weights) for end in ends} == set(wanted)
+    for end in ends:
+        whole = wanted[len(end.weights)].detach().var(0, correction=0).sum().item()
+        assert end.joined == pytest.approx(whole, rel=1e-9)
+        assert end.normed == (len(end.weights) == 8)
+
+
 def test_kinds_of_products_are_parts_of_all() -> None:
     model, batches = normed(), [drawn(4, 3, 9, 8)]
     groups = find_groups(model, batches[0])
@@ -232,7 +247,7 @@ def test_nothing_of_a_batch_is_held() -> None:
     seen = stream(model, groups, batches(), products="all")
     kept = sum(t.numel() for end in seen for t in tensors_in([getattr(end, f) for f in Seen.__dataclass_fields__]))
     assert len(held) == 4
-    assert kept == sum(2 * n * n + 2 * n + 2 + extra for n, extra in ((24, 4), (5, 5)))
+    assert kept == sum(2 * n * n + 2 * n + 2 + u + outputs * n for n, u, outputs in ((24, 4, 5), (5, 5, 2)))
 
 
 def test_no_batch_is_refused() -> None:

@@ -49,7 +49,7 @@ def test_what_does_not_vary_is_the_same_on_other_inputs(net: networks.Net) -> No
             same = a.steady & np.isfinite(a.value)
             assert np.array_equal(a.value[same], b.value[same])
             found += int(a.empty.sum())
-    assert found or net.make.__name__ in ("Recurrent",)
+    assert found or net.make.__name__ in ("Recurrent", "Rolled")  # one has no such layer, one no unit that can go
 
 
 class InPlace(nn.Module):

@@ -21,8 +21,8 @@ from secateur.graph.units import UnitBlock
 SIZED = frozenset(
     """
     view unsafe_view reshape reshape_alias expand slice split split_with_sizes unsafe_split chunk narrow repeat
-    constant_pad_nd zeros ones empty new_zeros new_ones new_empty convolution native_group_norm native_layer_norm
-    channel_shuffle native_channel_shuffle fused_rms_norm as_strided mkldnn_rnn_layer
+    constant_pad_nd zeros ones empty rand randn new_zeros new_ones new_empty convolution native_group_norm
+    native_layer_norm channel_shuffle native_channel_shuffle fused_rms_norm as_strided mkldnn_rnn_layer
     """.split()
 )
 FILLED = frozenset(("full", "new_full"))

@@ -33,9 +33,9 @@ def find_ints(
         if "in_channels" in item.names and item.module:  # a module may check its input before it calls the convolution
             places.append((item.module.rpartition(".")[0], replace(item, names=("num_channels",))))
         for module, wanted in places:
-            attribute = _attribute(model.get_submodule(module), wanted)
-            if attribute is not None and (module, attribute[0]) not in unbound:
-                key = (module, attribute[0], attribute[1])
+            attribute = _attribute(model, module, wanted)
+            if attribute is not None and attribute not in unbound:
+                key = (*attribute, wanted.position)
                 found.setdefault(key, Int(*key, item.value, tuple(numbers.tolist())))
     return tuple(found.values())
 
@@ -71,23 +71,26 @@ def find_sizes(
 
 def guesses(ints: Sequence[PythonInt], model: nn.Module) -> frozenset[Attribute]:
     """The attributes that were found by their value alone, and never by their name."""
-    found = {(item.module, _searched(model.get_submodule(item.module), item)) for item in ints}
+    found = {_searched(model, item.module, item) for item in ints}
     named = {(item.module, name) for item in ints for name in item.names}
-    return frozenset((module, name) for module, name in found if name is not None and (module, name) not in named)
+    return frozenset(attribute for attribute in found if attribute is not None and attribute not in named)
 
 
-def _attribute(module: nn.Module, item: PythonInt) -> tuple[str, int | None] | None:
-    """(name, position) of the attribute with this value: by name, or the only one that has it."""
-    held = _held(module, item)
+def _attribute(model: nn.Module, path: str, item: PythonInt) -> Attribute | None:
+    """The attribute with this value: by name, or the only one that has it."""
+    held = _held(model.get_submodule(path), item)
     named = next((name for name in item.names if name in held), None)
-    found = named or _searched(module, item)
-    return None if found is None else (found, item.position)
+    return (path, named) if named else _searched(model, path, item)
 
 
-def _searched(module: nn.Module, item: PythonInt) -> str | None:
-    """The only attribute with this value, where none has it by name."""
-    held = _held(module, item) if item.search else []
-    return held[0] if len(held) == 1 and held[0] not in item.names else None
+def _searched(model: nn.Module, path: str, item: PythonInt) -> Attribute | None:
+    """The only attribute with this value, where none has it by name: the module's own, or else one of a part of it."""
+    module = model.get_submodule(path)
+    held = [(path, name) for name in _held(module, item)] if item.search else []
+    if item.search and not held:
+        prefix = f"{path}." if path else ""
+        held = [(prefix + name, held) for name, part in module.named_children() for held in _held(part, item)]
+    return held[0] if len(held) == 1 and held[0][1] not in item.names else None
 
 
 def _held(module: nn.Module, item: PythonInt) -> list[str]:

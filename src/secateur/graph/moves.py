@@ -138,7 +138,7 @@ def split(step: Step) -> None:
     for index, ref in enumerate(step.call.outputs):
         size = step.shape(ref)[dim] if ref is not None else 0
         piece = slice(start, start + size)
-        step.counts(ids[piece] if ids is not None else None, size, place=("piece", index))
+        step.counts(ids[piece] if ids is not None else None, size, search=True, place=("piece", index))
         step.carry([_cut(step, block, dim, piece) for block in step.blocks(x)], output=index)
         start += size
 

@@ -58,7 +58,7 @@ def settle(
                 replayed |= _same_sites(model, trace, probe.replayed)
                 guesses = probe.compared
                 if probe.odd is not None and not guesses:
-                    guesses = _guesses(model, analysis, probe.odd.module)
+                    guesses = _guesses(model, analysis, probe.odd)
                     frozen += [] if guesses else probe.odd.freeze
                 unbound |= guesses
                 missed = bool(guesses or probe.odd)
@@ -98,14 +98,18 @@ def _bound(analysis: Analysis) -> frozenset[Attribute]:
     return frozenset((item.module, item.attribute) for item in analysis.groups.ints) & analysis.guessed
 
 
-def _guesses(model: nn.Module, analysis: Analysis, module: str) -> frozenset[Attribute]:
-    """Such attributes of modules of this one's class, or, if there are none, of the modules around it."""
-    bound = _bound(analysis)
+def _guesses(model: nn.Module, analysis: Analysis, odd: Odd) -> frozenset[Attribute]:
+    """Such attributes of modules of the odd op's class, and of parts of it that count what met there; if there are
+    none, of what is around it."""
+    bound, module = _bound(analysis), odd.module
+    met = {unit for value, _ in odd.freeze for block in analysis.blocks.get(value, ()) for unit in block.units.flat}
+    counting = {(i.module, i.attribute) for i in analysis.groups.ints if not (met - {-1}).isdisjoint(i.units)}
     while True:
         kind = type(model.get_submodule(module))
-        found = frozenset((path, name) for path, name in bound if type(model.get_submodule(path)) is kind)
-        if found or not module:
-            return found
+        own = {(path, name) for path, name in bound if type(model.get_submodule(path)) is kind}
+        parts = {(path, name) for path, name in bound & counting if path and path.rpartition(".")[0] == module}
+        if own or parts or not module:
+            return frozenset(own | parts)
         module = module.rpartition(".")[0]
 
 

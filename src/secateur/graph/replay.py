@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 SIZES = MappingProxyType(
     dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"), 1)
-    | dict.fromkeys(("zeros", "ones", "empty", "full"), 0)
+    | dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), 0)
 )
 """Functions that take the sizes of their result, and the position of the first."""
 

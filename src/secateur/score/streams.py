@@ -7,6 +7,7 @@ Both come in three kinds: of each column alone, of a unit's columns with each ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,10 @@ class Seen:
             "each" only, and empty otherwise.
         covariance: products of deviations from the mean, their mean over the samples.
         reader: products of the reader's weights, their sum over its outputs; through the batch norm behind it, if any.
+        weights: (outputs, columns) these weights, if they are the same in every batch; otherwise no rows.
+        normed: whether there is such a batch norm.
+        joined: the variance, summed over channels, of what the outputs become a part of: the residual stream that they
+            are added to, or they themselves. NaN where it was not asked for.
     """
 
     units: Tensor
@@ -54,6 +59,9 @@ class Seen:
     zeros: Tensor
     covariance: Tensor
     reader: Tensor
+    weights: Tensor
+    normed: bool
+    joined: float
 
     @property
     def product(self) -> Product:
@@ -76,7 +84,13 @@ class Seen:
 
 
 def stream(
-    model: nn.Module, groups: Groups, batches: Iterable[Nested], *, products: Pairs = "each", patches: bool = True
+    model: nn.Module,
+    groups: Groups,
+    batches: Iterable[Nested],
+    *,
+    products: Pairs = "each",
+    patches: bool = True,
+    joined: bool = False,
 ) -> tuple[Seen, ...]:
     """Run the model over all batches and note, at each end of units, what the reader sees.
 
@@ -88,7 +102,8 @@ def stream(
         batches: model inputs, as `find_groups` takes them, of any sizes.
         products: which products of columns with columns are wanted.
         patches: a convolution reads patches: every channel has a column for each place in its kernel. Without, it
-            reads pixels: a channel is one column, and its reader's weights are summed up over the kernel.
+            reads pixels: a channel is one column, and its reader's outputs are those of each place in the kernel.
+        joined: whether `Seen.joined` is wanted.
 
     Raises:
         PlanError: there is no batch. CaptureError: the model does not run on one.
@@ -109,10 +124,15 @@ def stream(
         if end.key not in found:
             if not (end.units >= 0).any():
                 return
-            found[end.key] = _Sums(end, products, patches)
+            found[end.key] = _Sums(products, patches)
         found[end.key].add(end, sight, tensors)
 
-    visit(model, groups, batches, see)
+    def join(end: End, whole: Tensor) -> None:
+        if end.key in found:
+            channels = 1 if end.op == "convolution" or end.norm is not None else -1
+            found[end.key].whole.add(whole.detach().movedim(channels if whole.ndim > 1 else 0, 0).flatten(1))
+
+    visit(model, groups, batches, see, join if joined else None)
     return tuple(sums.seen() for sums in found.values() if sums.count)
 
 
@@ -131,13 +151,14 @@ def gather(groups: Groups, ends: Sequence[Seen], values: Callable[[Seen], Tensor
 class _Sums:
     """The sums at one end while batches come in."""
 
-    def __init__(self, end: End, products: Pairs, patches: bool) -> None:
-        self._end, self._products, self._patches = end, products, patches
+    def __init__(self, products: Pairs, patches: bool) -> None:
+        self._products, self._patches = products, patches
         self._units, self._columns = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
         self._moments: Moments | None = None
         self._sizes = self._zeros = torch.zeros(1, dtype=torch.float64)
-        self._reader = torch.zeros((), dtype=torch.float64)
-        self._calls = 0
+        self._reader, self._calls = torch.zeros((), dtype=torch.float64), 0
+        self._weights, self._normed = torch.zeros(0), False
+        self.whole = Moments(squares)
 
     @property
     def count(self) -> int:
@@ -158,8 +179,11 @@ class _Sums:
                 self._zeros = self._zeros + (flat == 0).sum(1).double().cpu()
         if self._moments is None:
             return
-        weights = _scaled(weights_of(end, sight, self._patches), end.norm, tensors)
-        self._reader = self._reader + _product(self._products, self._columns)(weights.double().flatten(1).T).cpu()
+        weights = _scaled(weights_of(end, sight, self._patches), end.norm, tensors).double().flatten(1)
+        self._reader = self._reader + _product(self._products, self._columns)(weights.T).cpu()
+        same = not self._calls or (weights.shape == self._weights.shape and torch.equal(weights, self._weights))
+        self._weights = weights if same else weights[:0]
+        self._normed = end.norm is not None
         self._calls += 1
 
     def seen(self) -> Seen:
@@ -175,6 +199,9 @@ class _Sums:
             self._zeros / moments.count,
             moments.covariance.cpu(),
             self._reader / self._calls,
+            self._weights.cpu(),
+            self._normed,
+            float(self.whole.covariance.sum()) if self.whole.count else math.nan,
         )
 
 

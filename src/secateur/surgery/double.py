@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.graph.decisions import Decision, Following
 from secateur.graph.nested import map_tensors, tensors_in
@@ -18,6 +19,7 @@ from secateur.graph.rebuild import share
 from secateur.graph.twin import duplicate, run
 
 MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn))
+DRAWS = frozenset("bernoulli uniform normal exponential rand randn rand_like randn_like".split())
 LOW = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 Decisions = Mapping[tuple[str, int], Decision | None]
@@ -40,6 +42,24 @@ def _doubled(argument: Any) -> Any:
     return torch.float64 if isinstance(argument, torch.dtype) and argument in LOW else argument
 
 
+class Still(TorchDispatchMode):
+    """Every random draw of independent numbers gives the same one, so that models of two sizes draw alike.
+
+    A cut model draws fewer numbers, so none of them would be that of the whole model. As they are independent, units
+    that stay draw from the distribution they drew from before; all else is compared.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.strip("_")
+        if name in DRAWS:
+            return given.fill_(1.0 if name == "bernoulli" else 0.7)
+        return (args[0].clone(), torch.ones_like(given[1])) if name == "native_dropout" else given
+
+
 def doubled(model: nn.Module) -> nn.Module:
     """A copy of the model in float64 and eval mode."""
     return duplicate(model).double().eval()
@@ -60,14 +80,15 @@ def outputs(
 ) -> list[Tensor]:
     """The tensors that the model gives, with the same random numbers in every run, and what led to its decisions.
 
-    A copy is run, so that what a model caches or counts in one run is not there in the next.
+    Where units draw numbers of their own, these stand still (see `Still`). A copy is run, so that what a model caches
+    or counts in one run is not there in the next.
 
     Args:
         follow: decisions of another run, to be taken here as well.
         within: of the copy that runs, a context for the run.
     """
     twin, inputs = share(model), map_tensors(torch.clone, inputs)
-    with torch.random.fork_rng(), Following(follow) as following, within(twin):
+    with torch.random.fork_rng(), Still(), Following(follow) as following, within(twin):
         torch.manual_seed(0)
         given = list(tensors_in(run(twin, inputs)))
     return [as_double(tensor) for tensor in (*given, *following.led)]
