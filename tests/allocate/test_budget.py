@@ -55,7 +55,8 @@ def random_scores(groups: Groups, seed: int, coarse: bool = False) -> Scores:
 
 def left(groups: Groups, keep: tuple[tuple[int, ...], ...]) -> dict[str, int]:
     stays = groups.stays(keep)
-    return {"params": groups.params_left(keep), "macs": groups.macs_left(keep), "bytes": groups.costs.bytes(stays)}
+    left = {"params": groups.params_left(keep), "macs": groups.macs_left(keep), "bytes": groups.costs.bytes(stays)}
+    return {**left, "units": sum(map(len, keep))}
 
 
 def allowed(groups: Groups, limits: Limits) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -84,7 +85,7 @@ def with_counts(plan: Plan, scores: Scores, changes: tuple[tuple[int, int], ...]
 
 BUDGETS = st.fixed_dictionaries(
     {},
-    optional={name: st.floats(0.02, 1) | st.integers(1, 4000) for name in ("params", "macs", "bytes")},
+    optional={name: st.floats(0.02, 1) | st.integers(1, 4000) for name in ("params", "macs", "bytes", "units")},
 ).filter(bool)
 
 
@@ -256,7 +257,7 @@ def test_what_stands_in_the_way_is_said(asked, given, sentence):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({}, "the budget is empty; say what may be left of params, macs, bytes"),
+        ({}, "the budget is empty; say what may be left of params, macs, bytes, units"),
         ({"macs": 0.0}, "the budget for macs is 0.0; give a share above 0 and up to 1.0, or a count as an int"),
         ({"macs": 1.5}, "the budget for macs is 1.5"),
         ({"params": 0}, "the budget for params is 0"),

@@ -192,3 +192,10 @@ def test_limits_hold_in_a_knapsack():
     plan = allocate(drawn(chain(), 0), Knapsack(), budget=Budget(macs=0.3), limits=limits)
     assert min(sizes(plan)) >= 3
     assert sizes(plan)[2] in (4, 8)
+
+
+def test_the_knapsack_uses_its_budget_up_though_cutting_would_raise_the_sum():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    scores = Scores(find_groups(net, torch.zeros(1, 3)), (torch.tensor([-0.1, 0.2, 0.8, 0.08]).double(),))
+    for tries in (0, 20):
+        assert allocate(scores, Knapsack(tries), budget=Budget(params=1.0)).keep == ((0, 1, 2, 3),)

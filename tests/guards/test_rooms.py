@@ -21,6 +21,7 @@ ROOMS = (
     "allocate",
     "surgery",
     "recover",
+    "search",
     "report",
     "recipe",
     "cli",

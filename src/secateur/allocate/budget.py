@@ -9,13 +9,13 @@ from secateur.errors import PlanError
 from secateur.graph.costs import Stays
 from secateur.graph.records import Groups
 
-WORDS = MappingProxyType({"params": "parameters", "macs": "MACs", "bytes": "bytes"})
+WORDS = MappingProxyType({"params": "parameters", "macs": "MACs", "bytes": "bytes", "units": "units"})
 """What is measured, in words."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """At most `most` of the `whole` model's parameters, MACs or bytes may be left."""
+    """At most `most` of the `whole` model's parameters, MACs, bytes or units may be left."""
 
     measure: str
     whole: int
@@ -44,12 +44,13 @@ class Budget:
         params: parameters.
         macs: multiply-accumulates (see `sc.count_macs`).
         bytes: of all parameters and buffers; the file's header comes on top.
+        units: of all groups together, as for cutting a few channels at a time.
 
     Raises:
         PlanError: nothing is asked for, a share outside (0, 1], a count below 1.
 
     >>> Budget(macs=0.5, params=1_000_000)
-    Budget(params=1000000, macs=0.5, bytes=None)
+    Budget(params=1000000, macs=0.5, bytes=None, units=None)
     >>> Budget(macs=2.5)
     Traceback (most recent call last):
     secateur.errors.PlanError: the budget for macs is 2.5; give a share above 0 and up to 1.0, or a count as an int.
@@ -58,6 +59,7 @@ class Budget:
     params: float | None = None
     macs: float | None = None
     bytes: float | None = None
+    units: float | None = None
 
     def __post_init__(self) -> None:
         if not self.asked:
@@ -86,5 +88,10 @@ class Budget:
 def left_of(groups: Groups, measures: tuple[str, ...], stays: Stays) -> tuple[int, ...]:
     """What is left when these units stay, counted over the whole model, of each measure."""
     costs = groups.costs
-    count = {"params": costs.params, "macs": costs.macs, "bytes": costs.bytes}
+    count = {"params": costs.params, "macs": costs.macs, "bytes": costs.bytes, "units": _units}
     return tuple(count[measure](stays) for measure in measures)
+
+
+def _units(stays: Stays) -> int:
+    """The last entry is no unit."""
+    return int(stays[:-1].sum())

@@ -76,7 +76,9 @@ def _settled(problem: Problem) -> Iterator[Gone]:
             yield gone
             prices = np.sqrt(prices * _prices(problem, gone, mix))
     # Units that save nothing at first sight may have to go all the same.
-    yield problem.ladder.allowed([1] * len(problem.ladder.sizes))
+    evenly = problem.fit(problem.ranked(np.zeros(len(values))))
+    if evenly is not None:
+        yield evenly
 
 
 def _improved(problem: Problem, gone: Gone, tries: int) -> Gone:

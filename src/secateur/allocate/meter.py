@@ -6,6 +6,7 @@ saves depends on the steps already taken, and the derivatives of the products sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ class Meter:
     Args:
         groups: the model's.
         ladder: the steps.
-        measures: "params", "macs" or "bytes", each a row of the answers.
+        measures: "params", "macs", "bytes" or "units", each a row of the answers.
     """
 
     def __init__(self, groups: Groups, ladder: Ladder, measures: Sequence[str]) -> None:
@@ -73,6 +74,8 @@ def _terms(groups: Groups, measures: Sequence[str]) -> tuple[list[Product], NDAr
     """The products that the measures are sums of, and (measures, products) how often each counts."""
     tensors = _tensors(groups.groups, groups.tensors) if {"params", "bytes"} & set(measures) else []
     products = list(groups.products) if "macs" in measures else []
+    units = [Product("", 1, (tuple(range(first, last)),)) for first, last in itertools.pairwise(groups.offsets)]
+    units = units if "units" in measures else []
     of_tensors = {
         "params": [int(info.parameter) for info in groups.tensors],
         "bytes": [info.itemsize for info in groups.tensors],
@@ -80,7 +83,8 @@ def _terms(groups: Groups, measures: Sequence[str]) -> tuple[list[Product], NDAr
     rows = []
     for measure in measures:
         times = of_tensors.get(measure, [0] * len(groups.tensors))[: len(tensors)]
-        rows.append([*times, *[int(measure == "macs")] * len(products)])
-    terms = [*tensors, *products]
+        macs, one = int(measure == "macs"), int(measure == "units")
+        rows.append([*times, *[macs] * len(products), *[one] * len(units)])
+    terms = [*tensors, *products, *units]
     constants = np.array([product.constant for product in terms], np.int64)
     return terms, np.array(rows, np.int64).reshape(len(measures), len(terms)) * constants

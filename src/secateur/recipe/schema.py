@@ -58,11 +58,12 @@ class BudgetPart(Part):
     params: Annotated[int | float | None, _as_in(Budget)] = None
     macs: Annotated[int | float | None, _as_in(Budget)] = None
     bytes: Annotated[int | float | None, _as_in(Budget)] = None
+    units: Annotated[int | float | None, _as_in(Budget)] = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.model_dump(exclude_none=True):
-            raise ValueError("the budget is empty; say what may be left of params, macs or bytes.")
+            raise ValueError("the budget is empty; say what may be left of params, macs, bytes or units.")
         return self
 
 
