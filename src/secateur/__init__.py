@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from secateur.measure.sparsity import SparsityTable, sparsity
     from secateur.recipe.folder import load, save
     from secateur.recipe.reading import read_recipe
-    from secateur.recipe.run import resume, run
+    from secateur.recipe.launch import resume, run
     from secateur.recipe.schema import Recipe
     from secateur.recover.history import History
     from secateur.recover.statistics import reset_statistics
@@ -185,7 +185,7 @@ _HOMES = MappingProxyType(
         "measure.sparsity": ("SparsityTable", "sparsity"),
         "recipe.folder": ("load", "save"),
         "recipe.reading": ("read_recipe",),
-        "recipe.run": ("resume", "run"),
+        "recipe.launch": ("resume", "run"),
         "recipe.schema": ("Recipe",),
         "recover.history": ("History",),
         "recover.statistics": ("reset_statistics",),

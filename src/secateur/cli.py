@@ -90,6 +90,10 @@ def compress(
     budget: Annotated[
         list[str] | None, typer.Option(help="What may be left, at most: macs=0.5, params=0.6, bytes=100000; repeat it.")
     ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Search the smallest model above this validation accuracy; -1.0: one point may be lost."),
+    ] = None,
 ) -> None:
     """Run a recipe, or prune and fine-tune one model as the options say; the options change the recipe.
 
@@ -103,6 +107,8 @@ def compress(
 
       secateur compress --model secateur:resnet56 --weights resnet56.safetensors
       --data parquet:cifar10 --normalise imagenet --sparsity 0.5 --epochs 3
+
+      secateur compress recipes/digits_budget.toml --floor -1.0
     """
     from secateur.recipe.options import recipe_from, run_folder
 
@@ -115,6 +121,7 @@ def compress(
         epochs=epochs,
         normalise=normalise,
         budget=budget or (),
+        floor=floor,
     )
     _compress(chosen, out or run_folder(recipe, chosen), force)
 
@@ -125,7 +132,7 @@ def resume(run: Annotated[Path, typer.Argument(help="The folder of a run that wa
 
     Example:  secateur resume runs/report
     """
-    from secateur.recipe.run import resume as go_on
+    from secateur.recipe.launch import resume as go_on
 
     with _resumable(run), _progress() as progress:
         record = go_on(run, progress=progress)
@@ -225,7 +232,7 @@ def inspect(
 
 
 def _compress(recipe: Recipe, out: Path, force: bool) -> None:
-    from secateur.recipe.run import run
+    from secateur.recipe.launch import run
 
     with _resumable(out), _progress() as progress:
         record = run(recipe, out, force=force, progress=progress)

@@ -45,11 +45,13 @@ def recipe_from(
     epochs: int | None = None,
     normalise: str | None = None,
     budget: Sequence[str] = (),
+    floor: float | None = None,
 ) -> Recipe:
     """The recipe file `path` with the options' values in place of its own; without a file, a recipe of the options.
 
     That recipe cuts at `sparsity` (0.5 if left out), guided by the sparsity of each layer, or, with a `budget` alone,
-    by a ranking of all units; and fine-tunes for `epochs` (3 if left out).
+    by a ranking of all units; and fine-tunes for `epochs` (3 if left out). With a `floor` the budget is searched: that
+    of the measure which `budget` names, or of MACs.
 
     Raises `RecipeError` where the file or an option is wrong, or too little is said.
     """
@@ -61,11 +63,16 @@ def recipe_from(
         raise RecipeError(f"there is no recipe and no {missing}; give a recipe file, or both --model and --data.")
     else:
         cut: dict[str, Any] = {"kind": "cut", "sparsity": SPARSITY if sparsity is None else sparsity}
+        if floor is not None and not left:
+            left = {"macs": SPARSITY}
         if left:
             cut = {"kind": "cut", "budget": left, "sparsity": sparsity}
             cut["guide"] = "ranking" if sparsity is None else "sparsity"
         stages = ({"lr": RATE, "epochs": EPOCHS if epochs is None else epochs},)
         parts = {"data": {}, "model": {}, "steps": (cut, {"kind": "train", "stages": stages, "schedule": "cosine"})}
+    if floor is not None:
+        measure = {"measure": next(iter(left))} if left else {}
+        parts["floor"] = {**(parts.get("floor") or {}), "accuracy": floor, **measure}
     if data is not None:
         parts["data"]["source"] = data
     if normalise is not None:

@@ -18,6 +18,7 @@ from secateur.recipe.schema import (
     BudgetPart,
     Cut,
     DataPart,
+    FloorPart,
     LimitsPart,
     ModelPart,
     Recipe,
@@ -182,6 +183,8 @@ def _sentence(error: ValidationError, text: str, name: str) -> str:
 
 def _said(found: Any, path: tuple[str | int, ...], kind: str | None) -> str:
     """What is wrong at `path`, and what is allowed there."""
+    if found["type"] == "value_error" and not path:
+        return str(found["ctx"]["error"])
     if found["type"] == "value_error":
         place = _table(path if isinstance(path[-1], str) else (*path, ""), kind)
         return f"in {place}, {found['ctx']['error']}"
@@ -220,10 +223,9 @@ def _table(path: tuple[str | int, ...], kind: str | None) -> str:
 def _fields(path: tuple[str | int, ...], kind: str | None) -> list[str]:
     """The keys that the table at `path` may have."""
     part: type[BaseModel] = Recipe
-    if path[:1] == ("data",):
-        part = DataPart
-    elif path[:1] == ("model",):
-        part = ModelPart
+    named: dict[str | int, type[BaseModel]] = {"data": DataPart, "model": ModelPart, "floor": FloorPart}
+    if path and path[0] in named:
+        part = named[path[0]]
     elif path[:1] == ("steps",):
         nested: dict[str | int, type[BaseModel]] = {"stages": StagePart, "budget": BudgetPart, "limits": LimitsPart}
         part = next((nested[key] for key in path if key in nested), dict(NAMES)[str(kind)])

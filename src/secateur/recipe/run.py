@@ -72,12 +72,12 @@ def run(
         SecateurError: as the data, the model and the steps; what was finished stays in the folder.
     """
     folder = Path(folder)
-    _check_free(folder, force)
-    with _process(recipe):
+    check_free(folder, force)
+    with process(recipe):
         setting, state = prepare(recipe)
         with locked(folder):
-            _check_free(folder, force)  # once more: another process may have come first
-            _empty(folder)
+            check_free(folder, force)  # once more: another process may have come first
+            empty(folder)
             write_text(folder / RECIPE, recipe.to_toml())
             return _go(folder, setting, state, (), progress)
 
@@ -99,7 +99,7 @@ def _resume(folder: Path, progress: Progress | None) -> RunRecord:
         raise RunError(f"the run in {str(folder)!r} is finished; its report is {folder / REPORT}.")
     recipe = read_recipe(folder / RECIPE)
     entries = read_entries(folder)
-    with _process(recipe):
+    with process(recipe):
         setting, state = prepare(recipe)
         if entries:
             state = _saved_state(_step_folder(folder, entries[-1].step), setting)
@@ -244,7 +244,8 @@ def _conditions(setting: Setting) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _check_free(folder: Path, force: bool) -> None:
+def check_free(folder: Path, force: bool) -> None:
+    """RunError unless the folder is free, or holds a run that may be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECIPE).is_file():
@@ -256,7 +257,7 @@ def _check_free(folder: Path, force: bool) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """Removes all that is in the folder, not the folder itself: this process holds it."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -309,7 +310,7 @@ def _drop_checkpoints(folder: Path, number: int, setting: Setting) -> None:
 
 
 @contextlib.contextmanager
-def _process(recipe: Recipe) -> Iterator[None]:
+def process(recipe: Recipe) -> Iterator[None]:
     """The recipe's threads and seed for the time of the run; the caller's are given back."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):

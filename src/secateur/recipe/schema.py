@@ -77,6 +77,19 @@ class LimitsPart(Part):
     tied: Annotated[tuple[str | tuple[str, ...], ...], _as_in(Limits)] = ()
 
 
+class FloorPart(Part):
+    """The accuracy on the validation images that must be left, in percent; below 0, how many points may be lost.
+
+    The step that cuts is tried at several budgets of `measure`, at most `tries`, until the smallest above the floor is
+    known to within `width` (`search.floor`).
+    """
+
+    accuracy: Annotated[float, Field(gt=-100, le=100)]
+    measure: Literal["macs", "params", "bytes"] = "macs"
+    tries: Count = 8
+    width: Annotated[float, Field(gt=0)] = 0.03
+
+
 class DataPart(Part):
     """Where the images come from; `source` is as `zoo.data.load_data` reads it."""
 
@@ -204,12 +217,20 @@ class Recipe(Part):
     threads: Count | None = None
     data: DataPart
     model: ModelPart
+    floor: FloorPart | None = None
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        cuts = sum(isinstance(step, Cut) for step in self.steps)
+        if self.floor is not None and cuts != 1:
+            raise ValueError(f"a floor is for a recipe with one step that cuts, and this one has {cuts}.")
+        return self
 
     def to_toml(self) -> str:
         """The recipe as TOML with every default written out; `reading.parse` gives back an equal recipe."""
         value = self.model_dump(mode="json", exclude_none=True)
-        tables = [("[data]", value.pop("data")), ("[model]", value.pop("model"))]
+        tables = [(f"[{name}]", value.pop(name)) for name in ("data", "model", "floor") if name in value]
         tables += [("[[steps]]", step) for step in value.pop("steps")]
         return "\n".join([_lines(value), *(f"{header}\n{_lines(table)}" for header, table in tables)])
 
@@ -219,6 +240,13 @@ class Recipe(Part):
             step if isinstance(step, Train) or step.sparsity is None else step.model_copy(update={"sparsity": sparsity})
             for step in self.steps
         )
+
+    def parted(self) -> tuple[Recipe | None, Recipe]:
+        """What comes before the first cut, if anything does, and the rest; neither has a floor."""
+        first = next((i for i, step in enumerate(self.steps) if isinstance(step, Cut)), len(self.steps))
+        parts = (self.steps[:first], self.steps[first:])
+        before, rest = (self.model_copy(update={"steps": steps, "floor": None}) for steps in parts)
+        return before if first else None, rest
 
     def with_budget(self, budget: dict[str, float]) -> Recipe:
         """The recipe with `budget` in every step that cuts; of the guide 'uniform', it takes the sparsity's place."""

@@ -161,6 +161,23 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
+class TrialRow:
+    """A size that was tried on the way to an accuracy floor.
+
+    Attributes:
+        size: the share that was allowed to stay, such as "50.0 % of the MACs".
+        accuracy: on the validation images, after recovery; None if no plan was so small.
+        seconds: wall-clock time, recovery and measuring included.
+        verdict: "chosen", "above", "below" or "out of reach".
+    """
+
+    size: str
+    accuracy: float | None
+    seconds: float
+    verdict: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All that the report of one run shows; parts that a run does not have are empty.
 
@@ -176,6 +193,7 @@ class RunRecord:
         frozen: what could not be cut.
         certificate: the checks of the proof.
         histories: pairs of (name, history), one per training run.
+        trials: the sizes that were tried, for a run with a floor.
 
     >>> record = RunRecord("tiny", "2024-05-01", Ledger(()))
     >>> RunRecord.from_json(record.to_json()) == record
@@ -193,6 +211,7 @@ class RunRecord:
     frozen: tuple[FrozenRow, ...] = ()
     certificate: tuple[CheckRow, ...] = ()
     histories: tuple[tuple[str, History], ...] = ()
+    trials: tuple[TrialRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values.
@@ -212,6 +231,7 @@ class RunRecord:
             "frozen": [asdict(row) for row in self.frozen],
             "certificate": [asdict(row) for row in self.certificate],
             "histories": [[name, history.to_json()] for name, history in self.histories],
+            "trials": [asdict(row) for row in self.trials],
         }
 
     @classmethod
@@ -238,6 +258,7 @@ class RunRecord:
                 frozen=tuple(FrozenRow(**row) for row in value["frozen"]),
                 certificate=tuple(CheckRow(**row) for row in value["certificate"]),
                 histories=tuple((str(name), History.from_json(rows)) for name, rows in value["histories"]),
+                trials=tuple(TrialRow(**row) for row in value.get("trials", ())),
             )
 
 

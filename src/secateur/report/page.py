@@ -78,7 +78,12 @@ def summary_text(record: RunRecord, width: int = 100) -> str:
     """
     made = _tables(record)
     shown = ["\n".join(textwrap.fill(line, width) for line in (record.title, record.ledger.verdict))]
-    parts = (("ledger", record.ledger.rows), ("certificate", record.certificate), ("frozen", record.frozen))
+    parts = (
+        ("ledger", record.ledger.rows),
+        ("trials", record.trials),
+        ("certificate", record.certificate),
+        ("frozen", record.frozen),
+    )
     shown += [to_text(made[name], width) for name, filled in parts if filled]
     if record.notes:
         shown.append("\n".join(textwrap.fill(f"note: {note}", width) for note in record.notes))
@@ -103,6 +108,7 @@ def _tables(record: RunRecord) -> dict[str, Any]:
         "certificate": tables.certificate_table(record.certificate),
         "frozen": tables.frozen_table(record.frozen),
         "conditions": tables.conditions_table(record.conditions),
+        "trials": tables.trials_table(record.trials),
     }
 
 

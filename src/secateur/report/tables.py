@@ -14,6 +14,7 @@ from secateur.report.ledger import (
     FrozenRow,
     Ledger,
     LedgerRow,
+    TrialRow,
     latency_change,
 )
 
@@ -109,6 +110,25 @@ def certificate_table(checks: Sequence[CheckRow]) -> Table:
         for row in checks
     )
     return Table("Proof", ("Check", "Value", "Result"), body, ("left", "right", "left"))
+
+
+def trials_table(trials: Sequence[TrialRow]) -> Table:
+    """The sizes that were tried, in order, and which was chosen.
+
+    >>> trials_table([TrialRow("50.0 % of the MACs", 0.91, 12.0, "chosen")]).rows[0][1].text
+    '91.00 %'
+    """
+    body = tuple(
+        (
+            Cell(row.size),
+            Cell(numbers.percent(row.accuracy)),
+            Cell(row.verdict, tone="good" if row.verdict == "chosen" else ""),
+            Cell(numbers.duration(row.seconds)),
+        )
+        for row in trials
+    )
+    columns = ("Size tried", "Validation accuracy", "Result", "Took")
+    return Table("Sizes tried", columns, body, align(columns, ("Result",)))
 
 
 def history_table(name: str, history: History) -> Table:

@@ -151,7 +151,7 @@ def find_floor(
 
 
 def next_share(search: Search, width: float) -> float | None:
-    """Which share to try next; None if the bracket is closed.
+    """Which share to try next, to three digits; None if the bracket is closed.
 
     >>> next_share(Search(0.9, 0.92), 0.03), next_share(Search(0.9, 0.92, (Trial(0.5, 0.92, 1.0),)), 0.03)
     (0.5, 0.25)
@@ -167,7 +167,7 @@ def next_share(search: Search, width: float) -> float | None:
     if low.accuracy is not None and top.accuracy is not None and top.accuracy > low.accuracy:
         across = (search.floor - low.accuracy) / (top.accuracy - low.accuracy)
     across = min(max(across, INNER), 1 - INNER)
-    return low.share * (top.share / low.share) ** across
+    return float(f"{low.share * math.exp(across * math.log(top.share / low.share)):.3g}")
 
 
 def _is_above(trial: Trial, floor: float) -> bool:
