@@ -258,7 +258,7 @@ class RunRecord:
                 frozen=tuple(FrozenRow(**row) for row in value["frozen"]),
                 certificate=tuple(CheckRow(**row) for row in value["certificate"]),
                 histories=tuple((str(name), History.from_json(rows)) for name, rows in value["histories"]),
-                trials=tuple(TrialRow(**row) for row in value.get("trials", ())),
+                trials=tuple(TrialRow(**row) for row in value["trials"]),
             )
 
 
