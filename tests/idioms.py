@@ -302,6 +302,21 @@ def attends(*sizes: int, given: Mapping[str, Any] = QUIET, **kwargs: Any) -> Net
     return Net(lambda: Attends(given, **kwargs), tokens(4), sizes)
 
 
+class OneWideHead(nn.Module):
+    """A single head in windows, whose width is cut; with five axes torch takes attention apart, scale and all."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.heads, self.width = 1, width
+        self.qkv, self.out = nn.Linear(4, 3 * width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).reshape(len(x), -1, 2, 3, self.heads, self.width).permute(3, 0, 4, 2, 1, 5)
+        q, k, v = parts.unbind(0)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return self.out(seen.transpose(1, 3).reshape(len(x), -1, self.width))
+
+
 IDIOMS = MappingProxyType({
     "lstm": recurrent(lambda: nn.LSTM(6, 5), 5, 6, 5),
     "lstm of both ways": recurrent(lambda: nn.LSTM(6, 5, bidirectional=True, batch_first=True), 10, 6, 5),
@@ -335,6 +350,7 @@ IDIOMS = MappingProxyType({
     "cached": Net(Cached, tokens(4), (8,)),
     "chunked": Net(Chunked, tokens(4), (4, 4)),
     "second least": Net(SecondLeast, tokens(4), (8,)),
+    "one wide head": Net(OneWideHead, lambda: torch.randn(2, 6, 4), (96,)),
     "spectral norm": Net(spectral, tokens(4), (8, 6)),
 })  # fmt: skip
 

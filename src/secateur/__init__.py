@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.allocate.budget import Budget
+    from secateur.allocate.depth import Drop, choose_blocks
     from secateur.allocate.knapsack import Knapsack
     from secateur.allocate.limits import Limits
     from secateur.allocate.plan import Plan, allocate
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from secateur.allocate.uniform import Uniform
     from secateur.codec.program import Program, load_program
     from secateur.errors import SecateurError
+    from secateur.graph.blocks import Blocks
     from secateur.graph.groups import find_groups
     from secateur.graph.nested import Example
     from secateur.graph.records import Groups
+    from secateur.graph.residual import find_blocks
     from secateur.measure.accuracy import Accuracy, accuracy
     from secateur.measure.latency import Latency, compare_latency, latency
     from secateur.measure.macs import count_macs
@@ -34,17 +37,24 @@ if TYPE_CHECKING:
     from secateur.measure.params import count_params, file_bytes
     from secateur.measure.sparsity import SparsityTable, sparsity
     from secateur.recipe.folder import load, save
-    from secateur.recipe.reading import read_recipe
     from secateur.recipe.launch import resume, run
+    from secateur.recipe.reading import read_recipe
     from secateur.recipe.schema import Recipe
+    from secateur.recover.distillation import Attention, Distillation, Features, teacher_logits
     from secateur.recover.history import History
+    from secateur.recover.mixing import CutMix, Mixup, OneOf
+    from secateur.recover.penalties import L1, L2, GroupLasso, Growing, Slimming
+    from secateur.recover.place import norms_and_head
+    from secateur.recover.reconstruct import Solved, reconstruct
     from secateur.recover.statistics import reset_statistics
     from secateur.recover.train import Stage, fine_tune
     from secateur.report.ledger import Ledger, RunRecord
     from secateur.report.page import write_page
     from secateur.score.activation import Activation
     from secateur.score.batch_norm import BatchNormScale
+    from secateur.score.blocks import BlockScores, score_blocks
     from secateur.score.brain_surgeon import BrainSurgeon
+    from secateur.score.direction import Direction
     from secateur.score.energy import Energy
     from secateur.score.fisher import Fisher
     from secateur.score.magnitude import Magnitude
@@ -60,8 +70,10 @@ if TYPE_CHECKING:
     from secateur.search.schedule import cubic, geometric, linear, one_shot
     from secateur.surgery.certify import Certificate, certify
     from secateur.surgery.cut import Cut, apply
+    from secateur.surgery.drop import DropCertificate, certify_drop, drop_blocks
     from secateur.surgery.export import Exported, export_program
     from secateur.surgery.masks import Masks, find_masks
+    from secateur.surgery.pattern import find_pattern
     from secateur.surgery.simplification import Simplification
     from secateur.surgery.simplify import simplify
     from secateur.surgery.simulate import mask
@@ -73,22 +85,35 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "L1",
+    "L2",
     "Accuracy",
     "Activation",
+    "Attention",
     "BatchNormScale",
+    "BlockScores",
+    "Blocks",
     "BrainSurgeon",
     "Budget",
     "Certificate",
     "Compressed",
     "Cut",
+    "CutMix",
     "Data",
+    "Direction",
+    "Distillation",
+    "Drop",
+    "DropCertificate",
     "Energy",
     "Example",
     "Exported",
+    "Features",
     "Fisher",
     "Floor",
     "GlobalRanking",
+    "GroupLasso",
     "Groups",
+    "Growing",
     "History",
     "Images",
     "Knapsack",
@@ -99,6 +124,8 @@ __all__ = [
     "Masks",
     "Measurement",
     "Median",
+    "Mixup",
+    "OneOf",
     "Plan",
     "Program",
     "Random",
@@ -112,6 +139,8 @@ __all__ = [
     "Sensitivity",
     "SensitivityGuided",
     "Simplification",
+    "Slimming",
+    "Solved",
     "SparsityGuided",
     "SparsityTable",
     "Stage",
@@ -125,16 +154,21 @@ __all__ = [
     "by_max",
     "by_mean",
     "certify",
+    "certify_drop",
+    "choose_blocks",
     "compare_latency",
     "compress",
     "count_macs",
     "count_params",
     "cubic",
+    "drop_blocks",
     "export_program",
     "file_bytes",
+    "find_blocks",
     "find_floor",
     "find_groups",
     "find_masks",
+    "find_pattern",
     "find_sensitivity",
     "fine_tune",
     "gaussian",
@@ -148,15 +182,19 @@ __all__ = [
     "load_program",
     "mask",
     "measure",
+    "norms_and_head",
     "one_shot",
     "read_recipe",
+    "reconstruct",
     "reset_statistics",
     "resume",
     "run",
     "save",
     "score",
+    "score_blocks",
     "simplify",
     "sparsity",
+    "teacher_logits",
     "tier_of",
     "write_page",
 ]
@@ -164,6 +202,7 @@ __all__ = [
 _HOMES = MappingProxyType(
     {
         "allocate.budget": ("Budget",),
+        "allocate.depth": ("Drop", "choose_blocks"),
         "allocate.knapsack": ("Knapsack",),
         "allocate.limits": ("Limits",),
         "allocate.plan": ("Plan", "allocate"),
@@ -174,9 +213,11 @@ _HOMES = MappingProxyType(
         "allocate.uniform": ("Uniform",),
         "codec.program": ("Program", "load_program"),
         "errors": ("SecateurError",),
+        "graph.blocks": ("Blocks",),
         "graph.groups": ("find_groups",),
         "graph.nested": ("Example",),
         "graph.records": ("Groups",),
+        "graph.residual": ("find_blocks",),
         "measure.accuracy": ("Accuracy", "accuracy"),
         "measure.latency": ("Latency", "compare_latency", "latency"),
         "measure.macs": ("count_macs",),
@@ -184,17 +225,24 @@ _HOMES = MappingProxyType(
         "measure.params": ("count_params", "file_bytes"),
         "measure.sparsity": ("SparsityTable", "sparsity"),
         "recipe.folder": ("load", "save"),
-        "recipe.reading": ("read_recipe",),
         "recipe.launch": ("resume", "run"),
+        "recipe.reading": ("read_recipe",),
         "recipe.schema": ("Recipe",),
+        "recover.distillation": ("Attention", "Distillation", "Features", "teacher_logits"),
         "recover.history": ("History",),
+        "recover.mixing": ("CutMix", "Mixup", "OneOf"),
+        "recover.penalties": ("GroupLasso", "Growing", "L1", "L2", "Slimming"),
+        "recover.place": ("norms_and_head",),
+        "recover.reconstruct": ("Solved", "reconstruct"),
         "recover.statistics": ("reset_statistics",),
         "recover.train": ("Stage", "fine_tune"),
         "report.ledger": ("Ledger", "RunRecord"),
         "report.page": ("write_page",),
         "score.activation": ("Activation",),
         "score.batch_norm": ("BatchNormScale",),
+        "score.blocks": ("BlockScores", "score_blocks"),
         "score.brain_surgeon": ("BrainSurgeon",),
+        "score.direction": ("Direction",),
         "score.energy": ("Energy",),
         "score.fisher": ("Fisher",),
         "score.magnitude": ("Magnitude",),
@@ -210,8 +258,10 @@ _HOMES = MappingProxyType(
         "search.schedule": ("cubic", "geometric", "linear", "one_shot"),
         "surgery.certify": ("Certificate", "certify"),
         "surgery.cut": ("Cut", "apply"),
+        "surgery.drop": ("DropCertificate", "certify_drop", "drop_blocks"),
         "surgery.export": ("Exported", "export_program"),
         "surgery.masks": ("Masks", "find_masks"),
+        "surgery.pattern": ("find_pattern",),
         "surgery.simplification": ("Simplification",),
         "surgery.simplify": ("simplify",),
         "surgery.simulate": ("mask",),

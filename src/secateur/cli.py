@@ -11,6 +11,7 @@ import errno
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,6 +125,36 @@ def compress(
         floor=floor,
     )
     _compress(chosen, out or run_folder(recipe, chosen), force)
+
+
+@app.command()
+def bakeoff(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe with one step that cuts to a budget.")],
+    out: Out = None,
+    criteria: Annotated[str, typer.Option(help="Names with commas; all if left out.")] = "",
+    scales: Annotated[str, typer.Option(help="For scores of all layers: none, mean, max, gaussian, lamp.")] = "none",
+    guides: Annotated[str, typer.Option(help="ranking, ranking-per-cost, knapsack, uniform.")] = "ranking",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, on the same data.")] = 3,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; local starts one here.")] = None,
+) -> None:
+    """Compare criteria, scales and guides under a recipe's budget, as cut and recovered; random is the control.
+
+    Example:  secateur bakeoff recipes/digits_budget.toml --criteria magnitude,taylor,energy --seeds 5
+    """
+    from secateur.recipe.bakeoff import Field
+    from secateur.recipe.bakeoff import bakeoff as run
+    from secateur.recipe.options import run_folder
+    from secateur.recipe.reading import read_recipe
+    from secateur.report.standings import standings_tables
+
+    folder = out or Path(f"{run_folder(recipe, read_recipe(recipe))}-bakeoff")
+    named = {"scales": tuple(scales.split(",")), "guides": tuple(guides.split(","))}
+    field = Field(**named, seeds=seeds, **({"criteria": tuple(criteria.split(","))} if criteria else {}))
+    with _progress("cells") as progress:
+        cells = run(read_recipe(recipe), field, folder, ray=ray, progress=progress)
+    for table in standings_tables(cells):
+        _print(table)
+    typer.echo(f"picture: {folder / 'standings.svg'}")
 
 
 @app.command()
@@ -277,23 +308,23 @@ def _resumable(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar over the epochs of a run, with the time it will still take; a line for each without a terminal."""
+def _progress(parts: str = "epochs") -> Iterator[Progress]:
+    """A progress bar over the parts of a run, with the time it will still take; a line for each without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _print_line
+        yield partial(_print_line, parts)
         return
-    epochs = (MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(), *epochs, console=console, transient=True) as bar:
+    counted = (MofNCompleteColumn(), TextColumn(parts), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *counted, console=console, transient=True) as bar:
         task = bar.add_task("reading data and model", total=None)
         yield lambda status: bar.update(
             task, description=status.text, completed=status.done + status.share, total=status.total
         )
 
 
-def _print_line(status: Status) -> None:
+def _print_line(parts: str, status: Status) -> None:
     if not status.share:
-        print(f"{status.text} ({status.done} of {status.total} epochs)", file=sys.stderr, flush=True)
+        print(f"{status.text} ({status.done} of {status.total} {parts})", file=sys.stderr, flush=True)

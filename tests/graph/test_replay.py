@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from secateur.allocate.plan import Plan
 from secateur.graph import replay
@@ -115,4 +116,29 @@ def test_a_cut_model_can_be_cut_again(name: str) -> None:
     assert groups.prunable_params > 0.8 * groups.params, str(groups)
     again = Plan(groups, random_keep(groups, 4))
     certificate = certify(smaller, apply(smaller, again), again, torch.randn(2, 4))
+    assert certificate.ok, certificate.sentence
+
+
+class Shy(nn.Module):
+    """Reshapes once more where it sees that tensors are fake, as libraries do that take care while they are traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if isinstance(y, FakeTensor):
+            y = y.reshape(len(x), 5, 24)
+        y = y.reshape(len(x), 5, 4, 6)
+        return self.b(y.tanh().reshape(len(x), 5, 24))
+
+
+def test_calls_are_counted_as_on_real_tensors() -> None:
+    torch.manual_seed(0)
+    model, x = Shy().double().eval(), torch.randn(2, 5, 4).double()
+    groups = find_groups(model, x)
+    assert groups.sizes
+    plan = Plan(groups, tuple(tuple(range(0, group.size, 2)) for group in groups.groups))
+    certificate = certify(model, apply(model, plan), plan, x)
     assert certificate.ok, certificate.sentence

@@ -104,6 +104,15 @@ def test_a_search_that_was_broken_off_ends_as_an_unbroken_one(recipe, tmp_path):
         assert torch.equal(load(broken).state_dict()[name], tensor)
 
 
+def test_measure_tries_and_width_of_a_floor(recipe, tmp_path):
+    given = {"measure": "params", "tries": 5, "width": 0.9}
+    record = run(recipe.model_copy(update={"floor": recipe.floor.model_copy(update=given)}), tmp_path / "run")
+    assert all(row.size.endswith("of the parameters") for row in record.trials)
+    shares = sorted(float(folder.name) for folder in (tmp_path / "run" / "trials").iterdir())
+    assert len(record.trials) <= 5
+    assert len(record.trials) == 5 or any(b / a <= 1.9 for a, b in zip(shares, [*shares[1:], 1.0]))
+
+
 def test_without_steps_before_the_cut_the_model_itself_is_the_whole(recipe, tmp_path):
     made = tmp_path / "made"
     run(recipe.model_copy(update={"floor": None, "steps": recipe.steps[:1]}), made)

@@ -16,7 +16,20 @@ import pictures
 from secateur.errors import RecipeError
 from secateur.measure.latency import torch_threads
 from secateur.recipe import schema
-from secateur.recipe.schema import BudgetPart, Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import (
+    BudgetPart,
+    Cut,
+    DataPart,
+    DistillPart,
+    FloorPart,
+    LimitsPart,
+    ModelPart,
+    PenaltyPart,
+    Recipe,
+    Sparsify,
+    StagePart,
+    Train,
+)
 from secateur.recipe.steps import Setting, State, TrainImages, prepare, take
 from secateur.zoo.data import Data
 
@@ -54,6 +67,14 @@ TRAINING: tuple[tuple[str, Any], ...] = (
     ("batch_size", 48),
     ("augment", ("crop",)),
     ("augment", ("flip",)),
+    ("optimizer", "adamw"),
+    ("mixup", 0.5),
+    ("cutmix", 1.0),
+    ("clip", 0.1),
+    ("ema", 0.5),
+    ("only", "norms-and-head"),
+    ("penalty", PenaltyPart(kind="l2", strength=0.1)),
+    ("bf16", True),
 )
 SPARSIFYING: tuple[tuple[str, Any], ...] = (
     ("sparsity", 0.6),
@@ -76,6 +97,7 @@ BUDGETS: tuple[tuple[str, Any], ...] = (
     ("budget", BudgetPart(macs=0.3)),
     ("budget", BudgetPart(params=0.5)),
     ("budget", BudgetPart(bytes=5000)),
+    ("budget", BudgetPart(units=12)),
     ("guide", "uniform"),
     ("guide", "ranking-per-cost"),
     ("guide", "knapsack"),
@@ -93,12 +115,14 @@ ELSEWHERE = frozenset(
         *((DataPart, field) for field in ("source", "normalise", "label", "folder", "download")),
         *((ModelPart, field) for field in ("source", "weights", "pretrained")),
         *((StagePart, field) for field in ("lr", "epochs")),
-        *((Recipe, field) for field in ("seed", "device", "data", "model", "steps")),
-        (Train, "channels_last"),
+        *((Recipe, field) for field in ("seed", "device", "data", "model", "steps", "floor")),
+        *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
+        *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep")),
+        *((part, field) for part in (PenaltyPart, DistillPart) for field in part.model_fields),
         *((Cut, field) for field in ("images", "scale")),
     }
 )
-"""What the tests further down change; a run's title and threads are in test_run.py."""
+"""What the tests further down change; a run's title and threads are in test_run.py, floors in test_floor_recipe.py."""
 
 
 @pytest.fixture
@@ -172,7 +196,7 @@ def test_every_criterion_has_its_own_choice(network):
     cut = Cut(sparsity=0.5, guide="uniform")
     criteria = get_args(Cut.model_fields["criterion"].annotation)
     chosen = [left(given, cut.model_copy(update={"criterion": criterion})) for criterion in criteria]
-    assert len(criteria) == 6
+    assert len(criteria) == 12
     assert not any(same(one, other) for one, other in itertools.combinations(chosen, 2))
 
 

@@ -267,7 +267,7 @@ def test_a_checkpoint_gives_back_what_was_written(tmp_path: Path) -> None:
     after = read_checkpoint(tmp_path)
     assert after is not None
     assert (after.settings, after.history, after.steps) == ({"lr": 0.1}, history, 12)
-    for part in ("model", "best", "momentum", "random"):
+    for part in ("model", "best", "optimizer", "random"):
         held, given = getattr(after, part), getattr(before, part)
         assert held.keys() == given.keys()
         assert all(held[name].dtype == given[name].dtype for name in held)

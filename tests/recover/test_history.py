@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from secateur.errors import RunError, TrainingError
 from secateur.recover.history import EpochRow, History, Tally, better
+from secateur.recover.objective import label_loss
 
 
 def row(epoch: int, accuracy: float, loss: float) -> EpochRow:
@@ -91,7 +93,7 @@ def batches(sizes: tuple[int, ...] = (5, 3, 4, 2, 1)) -> list[tuple[Tensor, Tens
 def test_tally_is_the_mean_over_images(every: int) -> None:
     tally = Tally("epoch 1", every, fail)
     for outputs, labels in batches():
-        tally.add(outputs, labels, 0.1, 0.0)
+        tally.add(functional.cross_entropy(outputs, labels), outputs, labels, 0.1)
     tally.read()
     outputs, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     by_hand = -sum(
@@ -108,7 +110,7 @@ def test_tally_reads_the_first_batch_and_then_every_so_many() -> None:
     assert math.isnan(tally.loss)
     assert math.isnan(tally.accuracy)
     for outputs, labels in batches((1,) * 8):
-        tally.add(outputs, labels, 0.1, 0.0)
+        tally.add(functional.cross_entropy(outputs, labels), outputs, labels, 0.1)
         read.append(tally.batches)
     assert read == [1, 1, 1, 4, 4, 4, 7, 7]
     tally.read()
@@ -123,7 +125,8 @@ def test_tally_names_the_first_step_that_is_not_finite(every: int, value: float)
 
     def run() -> None:
         for step, (outputs, labels) in enumerate(batches((2,) * 9)):
-            tally.add(outputs * (value if step >= 4 else 1), labels, 0.5, 0.0)
+            outputs = outputs * (value if step >= 4 else 1)
+            tally.add(functional.cross_entropy(outputs, labels), outputs, labels, 0.5)
         tally.read()
 
     with pytest.raises(TrainingError, match=r"epoch 7, step 5: the loss is nan, at learning rate 0\.5; .* 0\.05,"):
@@ -133,8 +136,8 @@ def test_tally_names_the_first_step_that_is_not_finite(every: int, value: float)
 @pytest.mark.parametrize("label", [-1, -100, 4, 250])
 def test_tally_names_a_label_out_of_range(label: int) -> None:
     tally = Tally("epoch 2", 32, fail)
-    tally.add(torch.zeros(2, 4), torch.tensor([0, 3]), 0.1, 0.0)
-    tally.add(torch.zeros(2, 4), torch.tensor([1, label]), 0.1, 0.0)
+    tally.add(torch.tensor(1.0), torch.zeros(2, 4), torch.tensor([0, 3]), 0.1)
+    tally.add(torch.tensor(1.0), torch.zeros(2, 4), torch.tensor([1, label]), 0.1)
     with pytest.raises(TrainingError, match=f"epoch 2, step 2: there is the label {label}, .* 4 outputs"):
         tally.read()
 
@@ -146,6 +149,5 @@ def test_label_smoothing_is_its_formula() -> None:
         logs = [logit - math.log(sum(math.exp(other) for other in logits)) for logit in logits]
         target = [(1 - epsilon) * (index == label) + epsilon / 4 for index in range(4)]
         expected -= sum(share * log for share, log in zip(target, logs, strict=True)) / 6
-    found = Tally("epoch 1", 1, fail).add(outputs, labels, 0.1, epsilon)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
-    assert Tally("epoch 1", 1, fail).add(outputs, labels, 0.1, 0.0).item() != pytest.approx(expected, rel=1e-3)
+    assert label_loss(outputs, labels, epsilon).item() == pytest.approx(expected, rel=1e-12)
+    assert label_loss(outputs, labels).item() != pytest.approx(expected, rel=1e-3)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from secateur.errors import TrainingError
 from secateur.recover.checkpoint import LATEST, model_state
 from secateur.recover.history import EpochRow, History
-from secateur.recover.train import Schedule, Stage, fine_tune, learning_rate
+from secateur.recover.schedule import Schedule, learning_rate
+from secateur.recover.train import Stage, fine_tune
 from training import STEPS, Data, batches, network, tune
 
 

@@ -88,8 +88,10 @@ def analyse(
         state.units.freeze(unread, "no op reads these indices on the example inputs; on others it might")
         solution = state.units.solve()
     units, groups, rest = form_groups(state, solution, shapes)
+    arrays = {id(b.ids): b.ids for blocks in state.blocks.values() for b in blocks}  # one is on many values
+    renamed = {key: units[solution.root[ids]] for key, ids in arrays.items()}
     numbered = {
-        ref: tuple(UnitBlock(b.dims, units[solution.root[b.ids]]) for b in blocks if b.ids.size)
+        ref: tuple(UnitBlock(b.dims, renamed[id(b.ids)]) for b in blocks if b.ids.size)
         for ref, blocks in state.blocks.items()
         if blocks
     }

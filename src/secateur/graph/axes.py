@@ -15,6 +15,7 @@ Same name, same axis: united. In the result: carried. In several operands but no
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,7 @@ class Field:
     read: frozenset[int] = frozenset()
     free: set[int] = field(default_factory=set)
     slices: dict[int | None, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)  # of the owners
 
     def on(self, ref: Ref) -> tuple[Block, ...]:
         """The units on a value; parameters and floating buffers get fresh ones at first sight."""
@@ -102,12 +104,13 @@ class Field:
         """Fresh units for an axis of a parameter."""
         ids = self.units.fresh(size)
         self.owners.append((int(ids[0]), tensor, dim))
+        self.starts.append(int(ids[0]))
         return ids
 
     def plays(self, ids: Ids, role: str) -> None:
         """The parameter axes from which `ids` came play this role; the first role said is kept."""
-        starts = [start for start, _, _ in self.owners]
-        for index in np.unique(np.searchsorted(starts, ids.ravel(), side="right") - 1):
+        first, last = (bisect_right(self.starts, int(end)) - 1 for end in (ids.min(), ids.max()))
+        for index in [first] if first == last else np.unique(np.searchsorted(self.starts, ids, side="right") - 1):
             if index >= 0:
                 _, tensor, dim = self.owners[index]
                 self.roles.setdefault((tensor, dim), role)
@@ -161,7 +164,7 @@ class Step:
 
     def end(self, ids: Ids) -> None:
         """These units need not go on: they are summed over, or their absence is accounted for."""
-        self._ended.append(ids.ravel())
+        self._ended.append(ids)
 
     def contract(self, ref: Ref, block: Block) -> None:
         """Units end here, in a sum over the axes of `block`."""
@@ -210,13 +213,19 @@ class Step:
 
     def close(self) -> None:
         """Freeze every unit that came in and was neither carried on nor ended: the rule did not account for it."""
-        gone = [block.ids.ravel() for ref in self.operands for block in self.blocks(ref) if not self.call.dead]
+        gone = [block.ids for ref in self.operands for block in self.blocks(ref) if not self.call.dead]
         if self.operands and all(ref.id in self.field.static for ref in self.operands):
             self.field.static.update(ref.id for ref in self.call.outputs if ref is not None)
+        on = [block.ids for ref in self.call.outputs if ref is not None for block in self.blocks(ref)]
+        known = {id(ids) for ids in (*on, *self._ended)}  # mostly the very same arrays
+        gone = [ids.ravel() for ids in gone if id(ids) not in known]
         if not gone:
             return
-        on = [block.ids.ravel() for ref in self.call.outputs if ref is not None for block in self.blocks(ref)]
-        lost = np.setdiff1d(np.concatenate(gone), np.concatenate([*on, *self._ended, np.empty(0, np.int64)]))
+        accounted = np.zeros(self.units.count, bool)
+        for ids in (*on, *self._ended):
+            accounted[ids] = True
+        lost = np.concatenate(gone)
+        lost = lost[~accounted[lost]]
         if lost.size:
             self.freeze(lost, "the op reads this axis in a way that no rule accounts for")
 
@@ -269,7 +278,8 @@ def equate(step: Step, operands: Sequence[Ref | None], names: Sequence[Sequence[
         order = places[0][1]
         ids = places[0][2].ids
         for _, other, block in places[1:]:
-            step.units.unite(ids, block.ids.transpose([other.index(name) for name in order]))
+            same = other == order
+            step.units.unite(ids, block.ids if same else block.ids.transpose([other.index(name) for name in order]))
             step.end(block.ids)
         readers = [i for i, (_, row) in enumerate(present) if key_set <= set(row)]
         if len(readers) > len(places):
@@ -277,8 +287,8 @@ def equate(step: Step, operands: Sequence[Ref | None], names: Sequence[Sequence[
             continue  # frozen units need not be carried: what meets this axis later is frozen as well
         if key_set <= set(out):
             dims = [out.index(name) for name in order]
-            rank = np.argsort(dims)
-            carried.append(Block(tuple(sorted(dims)), ids.transpose(list(rank))))
+            rank = sorted(range(len(dims)), key=dims.__getitem__)
+            carried.append(Block(tuple(sorted(dims)), ids if len(dims) == 1 else ids.transpose(rank)))
         elif len(readers) > 1:
             _contract(step, present, places)
     step.carry(carried)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import CaptureError
 from secateur.graph.attention import see_heads
@@ -102,13 +102,14 @@ def steps(calls: Sequence[Call]) -> list[tuple[str, Call]]:
     return [(SAME.get(name, name), call) for name, call in named if name not in COPIES]
 
 
-def capture(model: nn.Module, example_inputs: Nested, *, training: bool = False) -> Trace:
-    """The trace of one forward pass, on a copy.
+def capture(model: nn.Module, example_inputs: Nested, *, training: bool = False, fake: bool = True) -> Trace:
+    """The trace of one forward pass, on a copy: without arithmetic, on fake tensors, unless the model needs values.
 
     Args:
         model: any module; left exactly as found.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         training: run in training mode, and not in eval mode.
+        fake: try fake tensors first.
 
     Raises:
         CaptureError: the model does not run on these inputs; names the module and the op.
@@ -117,12 +118,12 @@ def capture(model: nn.Module, example_inputs: Nested, *, training: bool = False)
     >>> [str(call.op) for call in trace.calls]
     ['aten.t.default', 'aten.addmm.default']
     """
-    try:
-        with fake_copy(model, example_inputs) as (twin, inputs):
-            return record(twin.train(training), inputs, fake=True)
-    except CaptureError:
-        twin = see_heads(duplicate(model).train(training))
-        return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
+    with contextlib.suppress(CaptureError):
+        if fake:
+            with fake_copy(model, example_inputs) as (twin, inputs):
+                return record(twin.train(training), inputs, fake=True)
+    twin = see_heads(duplicate(model).train(training))
+    return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
 
 
 def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:
@@ -157,8 +158,29 @@ def recording(twin: nn.Module, recorder: Recorder) -> Iterator[Recorder]:
         with recorder.python, recorder:
             yield recorder
     finally:
+        recorder.python.recorder = None  # a circle would keep all that was seen until the next garbage collection
         for handle in handles:
             handle.remove()
+
+
+class Refs:
+    """The value that each living tensor is."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
+
+    def __setitem__(self, tensor: Tensor, ref: Ref) -> None:
+        self._held[id(tensor)] = weakref.ref(tensor), ref
+
+    def __getitem__(self, tensor: Tensor) -> Ref:
+        found = self.get(tensor)
+        if found is None:
+            raise KeyError(id(tensor))
+        return found
+
+    def get(self, tensor: Tensor) -> Ref | None:
+        held = self._held.get(id(tensor))
+        return held[1] if held is not None and held[0]() is tensor else None
 
 
 class Recorder(TorchDispatchMode):
@@ -168,7 +190,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Call] = []
         self._values: list[Value] = []
-        self._refs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._refs = Refs()
         self._stack: list[str] = []
         self._decisions: list[Decision] = []
         self.python = python
@@ -220,18 +242,17 @@ class Recorder(TorchDispatchMode):
         return ref
 
     def ref(self, tensor: Tensor) -> Ref:
-        found = self._refs.get(tensor)
-        return found if isinstance(found, Ref) else self.register(tensor, "constant")
+        return self._refs.get(tensor) or self.register(tensor, "constant")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
         noted_args = map_tensors(self.ref, tuple(args))
-        noted_kwargs = map_tensors(self.ref, dict(kwargs))
+        noted_kwargs = map_tensors(self.ref, dict(kwargs)) if kwargs else {}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if decided(func, args, outputs) and not any(isinstance(item, FakeTensor) for item in outputs):
+        if not any(isinstance(item, FakeTensor) for item in outputs) and decided(func, args, outputs):
             self._decisions.append(noted(len(self._calls), func, outputs))
         refs = tuple(self.register(item, "op") if isinstance(item, Tensor) else None for item in outputs)
         self._calls.append(Call(func, noted_args, noted_kwargs, refs, self.module, self.python.current))

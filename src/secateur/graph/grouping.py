@@ -36,13 +36,16 @@ def form_groups(
     sizes = np.bincount(group, minlength=len(kinds))
     groups: list[Group] = []
     taken: set[str] = set()
+    known: dict[tuple[bytes, int], tuple[tuple[int, ...], ...]] = {}
     spots = np.stack([group[unit], slot, place])[:, at]
     for number, (mine, ids) in enumerate(zip(_runs(spots, 0), np.split(classes[rank], np.cumsum(sizes)[:-1]))):
         slots = []
         for part in _runs(mine, 1):
             _, tensor, dim = owners[part[1, 0]]
-            index = tuple(map(tuple, part[2].reshape(sizes[number], -1).tolist()))
-            slots.append(Slot(tensor, dim, state.roles.get((tensor, dim), "scale"), index))
+            key = (part[2].tobytes(), int(sizes[number]))
+            if key not in known:
+                known[key] = tuple(zip(*part[2].reshape(sizes[number], -1).T.tolist()))
+            slots.append(Slot(tensor, dim, state.roles.get((tensor, dim), "scale"), known[key]))
         groups.append(Group(_name(slots, taken), len(ids), tuple(slots), solution.why_inexact(int(ids[0]))))
         taken.add(groups[-1].name)
     return numbers, tuple(groups), _frozen_axes(owners, solution, shapes)
@@ -50,13 +53,13 @@ def form_groups(
 
 def _spots(owners: Sequence[Owner], solution: Solution, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Ids, Ids, Ids]:
     """Each index along each axis that is not frozen: the number of its owner, its place there, its class."""
-    rows = [np.empty((3, 0), np.int64)]
-    for number, (start, tensor, dim) in enumerate(owners):
-        roots = solution.root[start : start + shapes[tensor][dim]]
-        places = np.flatnonzero(~solution.frozen(roots))
-        rows.append(np.stack([np.full(len(places), number), places, roots[places]]))
-    slot, place, root = np.concatenate(rows, axis=1)
-    return slot, place, root
+    starts = np.array([start for start, _, _ in owners], np.int64)
+    sizes = np.array([shapes[tensor][dim] for _, tensor, dim in owners], np.int64)
+    slot = np.repeat(np.arange(len(owners)), sizes)
+    place = np.arange(len(slot)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    root = solution.root[starts[slot] + place]
+    free = ~solution.frozen(root)
+    return slot[free], place[free], root[free]
 
 
 def _by_appearance(values: Ids) -> tuple[Ids, Ids]:
@@ -81,9 +84,12 @@ def _paths(state: Field, solution: Solution) -> Ids:
     """For each class a fingerprint of the values on which its units are."""
     marks = _marks(len(state.values), seed=0)
     path = np.zeros(len(solution.root) + 1, np.int64)
-    for ref, blocks in state.blocks.items():
-        for block in blocks:
-            path[np.unique(solution.root[block.ids])] ^= marks[ref] + sum(block.dims)
+    blocks = ((marks[ref] + sum(block.dims), block.ids) for ref, found in state.blocks.items() for block in found)
+    sums: dict[int, tuple[int, Ids]] = {}
+    for mark, ids in blocks:  # mostly the same arrays on many values
+        sums[id(ids)] = (sums.get(id(ids), (0, ids))[0] ^ int(mark), ids)
+    for mark, ids in sums.values():
+        path[solution.root[ids]] ^= mark  # once, however often a class appears
     return path
 
 

@@ -35,4 +35,11 @@ def find_groups(model: nn.Module, example_inputs: Any, *, split: Split = "outer"
     """
     with empty_caches():
         trace = capture(model, example_inputs)
-        return settle(model, example_inputs, trace, split, find_aside(model, example_inputs, trace)).groups
+        found = settle(model, example_inputs, trace, split, find_aside(model, example_inputs, trace))
+        if not (trace.fake and found.groups.sizes):
+            return found.groups
+        # Calls are replayed by their numbers, and a model may take another path where it sees that tensors are fake.
+        real = capture(model, example_inputs, fake=False)
+        if [call.site for call in real.python] == [call.site for call in trace.python]:
+            return found.groups
+        return settle(model, example_inputs, real, split, find_aside(model, example_inputs, real)).groups

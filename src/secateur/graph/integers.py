@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,9 @@ from secateur.graph.slots import Int, Size
 from secateur.graph.units import Ids, Solution
 from secateur.graph.watch import Attribute
 
+Modules = Mapping[str, nn.Module]
+"""All of a model's, by their paths."""
+
 
 def find_ints(
     ints: Sequence[PythonInt],
@@ -25,6 +28,7 @@ def find_ints(
 ) -> tuple[Int, ...]:
     """The module attribute that holds each integer, where there is exactly one."""
     found: dict[tuple[str, str, int | None], Int] = {}
+    modules, known = dict(model.named_modules()), dict[bytes, tuple[int, ...]]()
     for item in ints:
         numbers = _by_row(units[solution.root[item.ids]])
         if not (numbers >= 0).any():
@@ -33,10 +37,12 @@ def find_ints(
         if "in_channels" in item.names and item.module:  # a module may check its input before it calls the convolution
             places.append((item.module.rpartition(".")[0], replace(item, names=("num_channels",))))
         for module, wanted in places:
-            attribute = _attribute(model, module, wanted)
+            attribute = _attribute(modules, module, wanted)
             if attribute is not None and attribute not in unbound:
                 key = (*attribute, wanted.position)
-                found.setdefault(key, Int(*key, item.value, tuple(numbers.tolist())))
+                if key not in found:
+                    counted = known.setdefault(numbers.tobytes(), tuple(numbers.tolist()))
+                    found[key] = Int(*key, item.value, counted)
     return tuple(found.values())
 
 
@@ -71,23 +77,26 @@ def find_sizes(
 
 def guesses(ints: Sequence[PythonInt], model: nn.Module) -> frozenset[Attribute]:
     """The attributes that were found by their value alone, and never by their name."""
-    found = {_searched(model, item.module, item) for item in ints}
+    modules = dict(model.named_modules())
+    found = {_searched(modules, item.module, item) for item in ints if item.search}
     named = {(item.module, name) for item in ints for name in item.names}
     return frozenset(attribute for attribute in found if attribute is not None and attribute not in named)
 
 
-def _attribute(model: nn.Module, path: str, item: PythonInt) -> Attribute | None:
+def _attribute(modules: Modules, path: str, item: PythonInt) -> Attribute | None:
     """The attribute with this value: by name, or the only one that has it."""
-    held = _held(model.get_submodule(path), item)
-    named = next((name for name in item.names if name in held), None)
-    return (path, named) if named else _searched(model, path, item)
+    held = vars(modules[path])
+    named = next((name for name in item.names if name in held and _same(held[name], item)), None)
+    return (path, named) if named else _searched(modules, path, item)
 
 
-def _searched(model: nn.Module, path: str, item: PythonInt) -> Attribute | None:
+def _searched(modules: Modules, path: str, item: PythonInt) -> Attribute | None:
     """The only attribute with this value, where none has it by name: the module's own, or else one of a part of it."""
-    module = model.get_submodule(path)
-    held = [(path, name) for name in _held(module, item)] if item.search else []
-    if item.search and not held:
+    if not item.search:
+        return None
+    module = modules[path]
+    held = [(path, name) for name in _held(module, item)]
+    if not held:
         prefix = f"{path}." if path else ""
         held = [(prefix + name, held) for name, part in module.named_children() for held in _held(part, item)]
     return held[0] if len(held) == 1 and held[0][1] not in item.names else None
@@ -95,10 +104,10 @@ def _searched(model: nn.Module, path: str, item: PythonInt) -> Attribute | None:
 
 def _held(module: nn.Module, item: PythonInt) -> list[str]:
     """The attributes with this value."""
+    return [name for name, value in vars(module).items() if not name.startswith("_") and _same(value, item)]
 
-    def same(held: object) -> bool:
-        if isinstance(item.value, tuple):
-            return isinstance(held, tuple | list) and tuple(held) == item.value
-        return isinstance(held, int) and not isinstance(held, bool) and held == item.value
 
-    return [name for name, value in vars(module).items() if not name.startswith("_") and same(value)]
+def _same(held: object, item: PythonInt) -> bool:
+    if isinstance(item.value, tuple):
+        return isinstance(held, tuple | list) and tuple(held) == item.value
+    return isinstance(held, int) and not isinstance(held, bool) and held == item.value

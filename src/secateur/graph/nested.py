@@ -50,6 +50,10 @@ def map_tensors(function: Callable[[Tensor], Any], nested: Nested) -> Nested:
     """The same nesting with `function` applied to each tensor."""
     if isinstance(nested, Tensor):
         return function(nested)
+    if nested is None or isinstance(nested, int | float | str):
+        return nested
+    if type(nested) in (list, tuple):
+        return type(nested)([map_tensors(function, item) for item in nested])
     if isinstance(nested, Mapping):
         return {key: map_tensors(function, item) for key, item in nested.items()}
     if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
@@ -66,6 +70,8 @@ def tensors_in(nested: Nested, inside: tuple[Any, ...] = ()) -> Iterator[Tensor]
     """The tensors at the leaves, in order; objects, such as dataclasses, are looked into, but none that is `inside`."""
     if isinstance(nested, Tensor):
         yield nested
+        return
+    if nested is None or isinstance(nested, int | float | str):
         return
     if isinstance(nested, Mapping):
         items = list(nested.values())

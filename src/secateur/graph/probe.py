@@ -174,7 +174,7 @@ def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, plan: int,
     changes = replace(groups, sizes=every).replays(keep)
     with (
         _cut_copy(model, example_inputs, groups, keep, trace.fake) as (cut, inputs),
-        Following(analysis.decisions),
+        Following(analysis.decisions) if analysis.decisions else contextlib.nullcontext(),
         recording(cut, Recorder(_Replayer(analysis, stays, changes, replayed))) as recorder,
     ):
         for tensor in tensors_in(inputs):

@@ -6,17 +6,15 @@ ones stood (tied weights stay tied, hooks and parametrizations come along) and n
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.graph.attention import see_heads
 from secateur.graph.replay import Change, install
-from secateur.graph.twin import as_kind, detached
+from secateur.graph.twin import as_kind, duplicate
 
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
 """Module path -> attribute -> value."""
@@ -45,12 +43,8 @@ def rebuild(
         attributes: module path -> attribute -> value.
         replays: module path -> sizes to give its calls.
     """
-    memo: dict[int, Any] = detached(model)
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, old in named:
-        if name in tensors:
-            memo[id(old)] = as_kind(tensors[name], old)
-    twin = copy.deepcopy(model, memo)
+    twin = duplicate(model, {id(old): as_kind(tensors[name], old) for name, old in named if name in tensors})
     see_heads(twin, (name for name, old in named if name in tensors and tensors[name].shape != old.shape))
     set_attributes(twin, attributes)
     install(twin, replays)
@@ -69,8 +63,17 @@ def share(model: nn.Module, tensors: Mapping[str, Tensor] = MappingProxyType({})
 def narrow(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
     """The tensors that a cut changes, each with only the indices that stay."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    made: dict[tuple[int, torch.device], Tensor] = {}
+
+    def places(indices: list[int], device: torch.device) -> Tensor:
+        """The same list, often of many tensors, is put on a device once."""
+        key = (id(indices), device)
+        if key not in made:
+            made[key] = torch.tensor(indices, device=device)
+        return made[key]
+
     with torch.no_grad():
-        return {name: _take(named[name].detach(), dims) for name, dims in kept.items()}
+        return {name: _take(named[name].detach(), dims, places) for name, dims in kept.items()}
 
 
 def set_attributes(model: nn.Module, attributes: Attributes) -> None:
@@ -116,8 +119,10 @@ def layout_of(tensor: Tensor) -> torch.memory_format | None:
     return layout
 
 
-def _take(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+def _take(
+    tensor: Tensor, dims: Mapping[int, list[int]], places: Callable[[list[int], torch.device], Tensor]
+) -> Tensor:
     layout = layout_of(tensor)
     for dim, indices in dims.items():
-        tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+        tensor = tensor.index_select(dim, places(indices, tensor.device))
     return tensor if layout is None else tensor.contiguous(memory_format=layout)

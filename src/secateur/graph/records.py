@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.graph.costs import Costs, Product, Stays, UnitCost
 from secateur.graph.overview import overview
@@ -96,26 +97,49 @@ class Groups:
 
     def kept(self, keep: Keep) -> dict[str, dict[int, list[int]]]:
         """For each tensor and axis that a plan touches, the indices that stay, ascending."""
-        gone: dict[str, dict[int, set[int]]] = {}
-        for group, stay in zip(self.groups, keep):
-            stays = set(stay)
-            for slot in group.slots:
-                lost = {i for unit, spots in enumerate(slot.index) if unit not in stays for i in spots}
-                if lost:
-                    gone.setdefault(slot.tensor, {}).setdefault(slot.dim, set()).update(lost)
-        shapes = {t.name: t.shape for t in self.tensors}
-        return {
-            tensor: {dim: [i for i in range(shapes[tensor][dim]) if i not in lost] for dim, lost in dims.items()}
-            for tensor, dims in gone.items()
-        }
+        lists: dict[bytes, list[int]] = {}  # the same for the many axes that are cut alike
+        out: dict[str, dict[int, list[int]]] = {}
+        for tensor, masks in self._masks(keep).items():
+            for dim, mask in masks.items():
+                key = mask.tobytes()
+                if key not in lists:
+                    lists[key] = np.flatnonzero(mask).tolist()
+                out.setdefault(tensor, {})[dim] = lists[key]
+        return out
 
     def shapes(self, keep: Keep) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor after the cut."""
-        kept = self.kept(keep)
-        return {
-            t.name: tuple(len(kept.get(t.name, {}).get(d, range(n))) for d, n in enumerate(t.shape))
-            for t in self.tensors
-        }
+        masks = self._masks(keep)
+        left = {tensor: {d: int(np.count_nonzero(mask)) for d, mask in dims.items()} for tensor, dims in masks.items()}
+        return {t.name: tuple(left.get(t.name, {}).get(d, n) for d, n in enumerate(t.shape)) for t in self.tensors}
+
+    def _masks(self, keep: Keep) -> dict[str, dict[int, NDArray[np.bool_]]]:
+        """For each tensor and axis that a plan touches, which indices stay."""
+        shapes = {t.name: t.shape for t in self.tensors}
+        out: dict[str, dict[int, NDArray[np.bool_]]] = {}
+        for group, stay in zip(self.groups, keep):
+            gone = np.ones(group.size, np.bool_)
+            gone[np.asarray(stay, np.int64)] = False
+            for slot in group.slots:
+                lost = self._places[id(slot.index)][gone]
+                if lost.size:
+                    masks = out.setdefault(slot.tensor, {})
+                    if slot.dim not in masks:
+                        masks[slot.dim] = np.ones(shapes[slot.tensor][slot.dim], np.bool_)
+                    masks[slot.dim][lost] = False
+        return out
+
+    @cached_property
+    def _places(self) -> dict[int, NDArray[np.int64]]:
+        """id of a slot's index -> the same as an array."""
+        indices = {id(slot.index): slot.index for group in self.groups for slot in group.slots}
+        return {key: np.array(index, np.int64).reshape(len(index), -1) for key, index in indices.items()}
+
+    @cached_property
+    def _units(self) -> dict[int, NDArray[np.int64]]:
+        """id of the units that an integer counts -> the same as an array."""
+        units = {id(units): units for units in (*(i.units for i in self.ints), *(s.units for s in self.sizes))}
+        return {key: np.array(value, np.int64) for key, value in units.items()}
 
     def params_left(self, keep: Keep) -> int:
         """Parameters after the cut."""
@@ -134,7 +158,7 @@ class Groups:
         stays = self.stays(keep)
         out: dict[str, dict[str, int | tuple[int, ...]]] = {}
         for item in self.ints:
-            left = int(stays[list(item.units)].sum())
+            left = int(np.count_nonzero(stays[self._units[id(item.units)]]))
             if left == len(item.units):
                 continue
             held = out.setdefault(item.module, {})
@@ -151,7 +175,8 @@ class Groups:
         stays = self.stays(keep)
         out: dict[str, dict[tuple[str, int], dict[tuple[str, int], int | float]]] = {}
         for item in self.sizes:
-            left = int(stays[list(item.units)].sum()) if item.constant is None else item.constant
+            counted = int(np.count_nonzero(stays[self._units[id(item.units)]]))
+            left = counted if item.constant is None else item.constant
             out.setdefault(item.module, {}).setdefault((item.function, item.ordinal), {})[item.place] = left
         return out
 

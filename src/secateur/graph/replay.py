@@ -8,7 +8,7 @@ numbers that come out wrong are given: the batch, and whatever else Python gets 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -63,10 +63,10 @@ class PythonCalls(TorchFunctionMode):
         self.recorder: Any = None
         self.made: list[PythonCall] = []
         self.current: int | None = None
-        self._counts: list[tuple[str, Counter[str]]] = [("", Counter())]
+        self._counts: list[tuple[str, defaultdict[str, int]]] = [("", defaultdict(int))]
 
     def enter(self, module: str) -> None:
-        self._counts.append((module, Counter()))
+        self._counts.append((module, defaultdict(int)))
 
     def leave(self) -> None:
         self._counts.pop()

@@ -2,7 +2,8 @@
 
 The shapes need no telling: the tensors have them. What is told is names and numbers alone, in JSON: for each module
 that a cut has changed the attributes that are other than the source's (`out_channels`, `in_features`, ...), the sizes
-that its calls are given (`graph.replay`), which modules an `nn.Identity` stands for now, and which biases are new.
+that its calls are given (`graph.replay`), which modules an `nn.Identity` stands for now, which biases are new, and what
+stands in the place of blocks that were left out (`graph.passing`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError, RunError
 from secateur.graph import replay
+from secateur.graph.blocks import form_from_json, form_to_json
+from secateur.graph.passing import Forms, Renumbered, goes, leave_out
 from secateur.graph.rebuild import (
     Attributes,
     Shapes,
@@ -44,7 +47,7 @@ class Architecture:
 
     `source` is None where a function of the caller builds the module, `classes` where the source's own count holds,
     and `uncut`, the shapes of the source's tensors, is empty where they were not noted. `identities` are modules that
-    went, `biases` parameters that layers got (`surgery.fold_bn`).
+    went, `biases` parameters that layers got (`surgery.fold_bn`), `forms` what blocks that went pass on.
 
     >>> architecture = Architecture("secateur:resnet20", 10, {"conv1": {"out_channels": 12}})
     >>> Architecture.from_json(architecture.to_json()) == architecture
@@ -60,6 +63,7 @@ class Architecture:
     uncut: Shapes = field(default_factory=dict)
     identities: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    forms: Forms = field(default_factory=dict)
 
     def after(
         self,
@@ -79,6 +83,20 @@ class Architecture:
             biases=(*self.biases, *biases),
         )
 
+    def after_drop(self, forms: Forms, renumbered: Renumbered) -> Architecture:
+        """The architecture once these blocks have gone."""
+        replays = {
+            name: {(f, renumbered.get(name, {}).get((f, n), n)): sizes for (f, n), sizes in change.items()}
+            for name, change in self.replays.items()
+            if name not in forms and not goes(name, forms)
+        }
+        return replace(
+            self,
+            attributes={name: held for name, held in self.attributes.items() if not goes(name, forms)},
+            replays=replays,
+            forms={**{name: form for name, form in self.forms.items() if not goes(name, forms)}, **forms},
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The architecture as JSON values."""
         return {
@@ -89,6 +107,7 @@ class Architecture:
             "replays": replay.to_json(self.replays),
             "identities": list(self.identities),
             "biases": list(self.biases),
+            "forms": {name: form_to_json(form) for name, form in self.forms.items()},
             "uncut": {name: list(shape) for name, shape in self.uncut.items()},
         }
 
@@ -108,6 +127,7 @@ class Architecture:
             {name: tuple(shape) for name, shape in value.get("uncut", {}).items()},
             tuple(value.get("identities", ())),
             tuple(value.get("biases", ())),
+            {name: form_from_json(form) for name, form in value.get("forms", {}).items()},
         )
 
     def build(self, state: Mapping[str, Tensor], factory: Factory | None = None) -> nn.Module:
@@ -124,6 +144,7 @@ class Architecture:
         try:
             twin = share(model)  # the factory may keep its model
             drop_norms(twin, self.identities, self.biases)
+            leave_out(twin, self.forms)
             _check_state(what, all_tensors(twin), state)
             return rebuild(twin, share_like(tensors_of(twin), state), self.attributes, self.replays).eval()
         except AttributeError as error:

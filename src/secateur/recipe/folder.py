@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur.allocate.depth import Drop
 from secateur.allocate.plan import Plan
 from secateur.codec.files import read_json, write_json
 from secateur.codec.state import load_state, save_state
@@ -27,7 +28,7 @@ from secateur.zoo.models import build_model
 
 WEIGHTS = "model.safetensors"
 
-Reduction = Plan | Simplification
+Reduction = Plan | Simplification | Drop
 """One thing that made a model smaller."""
 
 
@@ -42,9 +43,10 @@ def save(
     """Writes a smaller model into `folder`, without pickle: weights, where its class comes from, and what was cut.
 
     Args:
-        model: what `apply` or `simplify` gave, fine-tuned or not.
+        model: what `apply`, `simplify` or `drop_blocks` gave, fine-tuned or not.
         folder: made if missing.
-        plan: the plan that it was cut by, or the record that `simplify` gave; after several all of them, in order.
+        plan: the plan that it was cut by, the record that `simplify` gave, or the `Drop` of the blocks that were left
+            out; after several all of them, in order.
         source: builds the model as it was before the first cut, as `build_model` reads it: `torchvision:NAME`,
             `timm:NAME`, `secateur:NAME` or `path/to/file.py:factory`. None if `load` will be given a factory.
         classes: the class count that the source is built with; None for its own.
@@ -69,7 +71,7 @@ def save(
     True
     >>> import shutil; shutil.rmtree("small")
     """
-    steps = (plan,) if isinstance(plan, Plan | Simplification) else tuple(plan)
+    steps = (plan,) if isinstance(plan, Plan | Simplification | Drop) else tuple(plan)
     before = _check_steps(model, steps)
     file, colon, factory = (source or "").rpartition(":")
     if colon and file.endswith(".py"):
@@ -143,7 +145,8 @@ def _check_steps(model: nn.Module, steps: Sequence[Reduction]) -> Shapes:
     """The shapes before the first step; PlanError unless each follows on the one before, and the model on all."""
     now = tensor_shapes(model)
     shapes = [_shapes(step) for step in steps]
-    names = [f"{'plan' if isinstance(step, Plan) else 'simplification'} {n}" for n, step in enumerate(steps, 1)]
+    kinds = {Plan: "plan", Simplification: "simplification", Drop: "drop"}
+    names = [f"{kinds[type(step)]} {n}" for n, step in enumerate(steps, 1)]
     starts = [*(before for before, _ in shapes), now]
     for number, (_, left) in enumerate(shapes):
         after = starts[number + 1]
@@ -152,8 +155,8 @@ def _check_steps(model: nn.Module, steps: Sequence[Reduction]) -> Shapes:
             what = "the model has" if number + 1 == len(steps) else f"{names[number + 1]} was made for"
             raise PlanError(
                 f"{names[number]} leaves {odd[0]} as {left.get(odd[0], 'missing')}, and {what} "
-                f"{after.get(odd[0], 'missing')}; give the model and the plans and simplifications that made it, "
-                "in order."
+                f"{after.get(odd[0], 'missing')}; give the model and the plans, simplifications and drops that made "
+                "it, in order."
             )
     return starts[0]
 
@@ -162,12 +165,16 @@ def _shapes(step: Reduction) -> tuple[Shapes, Shapes]:
     """Those of all tensors before and after a step."""
     if isinstance(step, Plan):
         return shapes_before(step), step.groups.shapes(step.keep)
+    if isinstance(step, Drop):
+        return step.blocks.shapes, step.shapes_left
     return step.shapes, step.shapes_left
 
 
 def _after(architecture: Architecture, step: Reduction) -> Architecture:
     if isinstance(step, Plan):
         return architecture.after(step.attributes(), step.replays())
+    if isinstance(step, Drop):
+        return architecture.after_drop(step.forms, step.renumbered)
     return architecture.after(step.attributes, step.replays, step.identities, step.biases)
 
 

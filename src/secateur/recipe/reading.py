@@ -18,9 +18,11 @@ from secateur.recipe.schema import (
     BudgetPart,
     Cut,
     DataPart,
+    DistillPart,
     FloorPart,
     LimitsPart,
     ModelPart,
+    PenaltyPart,
     Recipe,
     Sparsify,
     StagePart,
@@ -227,6 +229,12 @@ def _fields(path: tuple[str | int, ...], kind: str | None) -> list[str]:
     if path and path[0] in named:
         part = named[path[0]]
     elif path[:1] == ("steps",):
-        nested: dict[str | int, type[BaseModel]] = {"stages": StagePart, "budget": BudgetPart, "limits": LimitsPart}
+        nested: dict[str | int, type[BaseModel]] = {
+            "stages": StagePart,
+            "distill": DistillPart,
+            "penalty": PenaltyPart,
+            "budget": BudgetPart,
+            "limits": LimitsPart,
+        }
         part = next((nested[key] for key in path if key in nested), dict(NAMES)[str(kind)])
     return list(part.model_fields)

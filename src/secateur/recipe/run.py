@@ -30,7 +30,7 @@ from secateur.recipe.folder import load, read_model, save_model
 from secateur.recipe.journal import Entry, Outcome, metrics, metrics_line, read_entries, record, write_entry
 from secateur.recipe.reading import read_recipe
 from secateur.recipe.schema import Cut, Recipe, Train
-from secateur.recipe.steps import Setting, State, prepare, take
+from secateur.recipe.steps import Setting, State, distils, prepare, take
 from secateur.recover.history import EpochRow
 from secateur.report import numbers
 from secateur.report.ledger import CheckRow, LedgerRow, RunRecord
@@ -102,7 +102,10 @@ def _resume(folder: Path, progress: Progress | None) -> RunRecord:
     with process(recipe):
         setting, state = prepare(recipe)
         if entries:
-            state = _saved_state(_step_folder(folder, entries[-1].step), setting)
+            first, last = _timed_steps(setting)[0], entries[-1].step
+            state = _saved_state(_step_folder(folder, last), setting)
+            if last >= first and distils(recipe):
+                state = replace(state, original=_saved_state(_step_folder(folder, first), setting).model)
         return _go(folder, setting, state, entries, progress)
 
 
@@ -283,7 +286,7 @@ class _Teller:
 
 
 def _epochs(step: object) -> int:
-    return sum(stage.epochs for stage in step.stages) if isinstance(step, Train) else 0
+    return step.epochs if isinstance(step, Train) else 0
 
 
 def _step_folder(folder: Path, number: int) -> Path:

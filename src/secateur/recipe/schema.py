@@ -20,6 +20,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Augmentation = Literal["crop", "flip"]
+Guide = Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"]
+Scale = Literal["none", "mean", "max", "gaussian", "lamp"]
+Criterion = Literal[
+    "magnitude", "random", "median", "batch-norm", "taylor", "fisher", "relevance", "activation", "energy",
+    "direction", "reconstruction", "brain-surgeon",
+]  # fmt: skip
 Norm = Annotated[
     float,
     Field(gt=0),
@@ -119,19 +125,87 @@ class StagePart(Part):
     epochs: Count
 
 
+class DistillPart(Part):
+    """Learn from the model that the recipe begins with, as its report first measures it (`recover.distillation`).
+
+    `attention` names layers whose maps are matched too, with `attention_weight`.
+    """
+
+    teacher: Literal["original"] = "original"
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    attention: tuple[str, ...] = ()
+    attention_weight: Annotated[float, Field(gt=0)] = 1000.0
+
+
+class PenaltyPart(Part):
+    """Make channels small before they are cut (`recover.penalties`).
+
+    It presses on all channels that can be cut, or on those that the next cut would take if it came first. With `every`,
+    the strength grows by itself after so many steps, up to `most`. `proximal` sets weights exactly to zero.
+    """
+
+    kind: Literal["l1", "l2", "group-lasso", "slimming"]
+    strength: Annotated[float, Field(gt=0)]
+    every: Count | None = None
+    most: Annotated[float | None, Field(gt=0)] = None
+    units: Literal["all", "next-cut"] = "all"
+    proximal: bool = False
+
+    @model_validator(mode="after")
+    def _grows_or_not(self) -> Self:
+        if (self.every is None) != (self.most is None):
+            raise ValueError("a strength that grows needs both every and most.")
+        return self
+
+
 class Train(Part):
-    """Train every weight that is still there: dense training before a cut, fine-tuning after it."""
+    """Train every weight that is still there: dense training before a cut, fine-tuning after it.
+
+    What the fields mean is told at `recover.train.fine_tune`; "norms-and-head" trains only these.
+    """
 
     kind: Literal["train"] = "train"
     stages: Annotated[tuple[StagePart, ...], Field(min_length=1)]
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     nesterov: bool = False
     schedule: Literal["staged", "one-cycle", "cosine"] = "staged"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    rewind: Count | None = None
     label_smoothing: Share = 0.0
     batch_size: Count | None = None
     augment: tuple[Augmentation, ...] | None = None
+    mixup: Annotated[float | None, Field(gt=0)] = None
+    cutmix: Annotated[float | None, Field(gt=0)] = None
+    clip: Annotated[float | None, Field(gt=0)] = None
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
+    only: Literal["all", "norms-and-head"] = "all"
+    keep: Literal["best", "last"] = "best"
+    distill: DistillPart | None = None
+    penalty: PenaltyPart | None = None
     channels_last: bool = False
+    bf16: bool = False
+    compile: bool = False
+
+    @property
+    def epochs(self) -> int:
+        """How many are trained."""
+        return self.rewind or sum(stage.epochs for stage in self.stages)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        epochs = sum(stage.epochs for stage in self.stages)
+        if self.warmup >= epochs:
+            raise ValueError(f"warmup is {self.warmup}, of {epochs} epochs; it must be fewer.")
+        if self.warmup and self.schedule == "one-cycle":
+            raise ValueError("the schedule 'one-cycle' has a warm-up of its own; leave warmup out.")
+        if self.rewind is not None and self.rewind > epochs:
+            raise ValueError(f"rewind is {self.rewind}, and the stages have {epochs} epochs.")
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"nesterov is for the optimizer 'sgd', and this is {self.optimizer!r}.")
+        return self
 
 
 class Sparsify(Part):
@@ -148,15 +222,17 @@ class Cut(Part):
 
     How much goes in all is said by `sparsity`, or by `budget`; the shares that sparsity guides are scaled to a budget.
     `scale` makes scores of different layers comparable, for guides that compare them. `p` is the order of "magnitude",
-    also where "batch-norm" finds no batch norm; "taylor" and "fisher" look at so many `images` of train.
+    also where "batch-norm" finds no batch norm; criteria that look at images see so many `images` of train: "taylor",
+    "fisher" and "relevance" with labels; "activation", "energy", "direction", "reconstruction" and "brain-surgeon"
+    without.
     """
 
     kind: Literal["cut"] = "cut"
     sparsity: Share | None = None
     budget: BudgetPart | None = None
-    guide: Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"] = "sparsity"
-    criterion: Literal["magnitude", "random", "median", "batch-norm", "taylor", "fisher"] = "magnitude"
-    scale: Literal["none", "mean", "max", "gaussian", "lamp"] = "none"
+    guide: Guide = "sparsity"
+    criterion: Criterion = "magnitude"
+    scale: Scale = "none"
     p: Norm = 1.0
     images: Count = 256
     limits: LimitsPart = Field(default_factory=LimitsPart)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +18,17 @@ from torch import Tensor, nn
 from secateur.errors import ProofError, RecipeError
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import tensor_shapes
-from secateur.graph.records import Groups
+from secateur.graph.twin import duplicate
 from secateur.recipe.architecture import Architecture
+from secateur.recipe.criteria import scores_for
 from secateur.recipe.journal import Outcome
 from secateur.recipe.planning import how_much, plan_for, sparsity_for
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
+from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
 from secateur.recover.history import EpochRow
-from secateur.recover.train import Stage, fine_tune
+from secateur.recover.train import fine_tune
 from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
-from secateur.score.batch_norm import BatchNormScale
-from secateur.score.fisher import Fisher
-from secateur.score.gates import Batches
-from secateur.score.magnitude import Magnitude
-from secateur.score.median import Median
-from secateur.score.random import Random
-from secateur.score.scaling import by_max, by_mean, gaussian, lamp, none
-from secateur.score.scoring import Criterion, Scores, score
-from secateur.score.taylor import Taylor
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
 from secateur.surgery.masks import Masks, find_masks
@@ -52,6 +46,7 @@ class Setting:
         device: where the model is.
         trained: whether the model came with weights worth measuring.
         notes: what data and model had to say.
+        seed: of what the steps draw; the recipe's, which also parts the data.
     """
 
     recipe: Recipe
@@ -59,15 +54,20 @@ class Setting:
     device: torch.device
     trained: bool
     notes: tuple[str, ...]
+    seed: int
 
 
 @dataclass(frozen=True)
 class State:
-    """The model between two steps, how it is built, and which of its weights are held at zero."""
+    """The model between two steps, how it is built, which of its weights are held at zero, and the first measured.
+
+    That one, `original`, is there only if a step is to learn from it.
+    """
 
     model: nn.Module
     architecture: Architecture
     masks: Masks | None = None
+    original: nn.Module | None = None
 
 
 def prepare(recipe: Recipe) -> tuple[Setting, State]:
@@ -91,9 +91,10 @@ def prepare(recipe: Recipe) -> tuple[Setting, State]:
     _rehearse(recipe, built.model, data)
     # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
     trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
-    setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes))
+    setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes), recipe.seed)
     architecture = Architecture(built.spec, len(data.classes), {}, uncut=tensor_shapes(built.model))
-    return setting, State(built.model.to(device).eval(), architecture)
+    state = State(built.model.to(device).eval(), architecture)
+    return setting, _with_original(state, setting) if trained else state
 
 
 def take(
@@ -117,7 +118,8 @@ def take(
     """
     step = setting.recipe.steps[number - 1]
     if isinstance(step, Train):
-        return state, train(step, number, state, setting, checkpoint, on_epoch, on_step)
+        outcome = train(step, number, state, setting, checkpoint, on_epoch, on_step)
+        return _with_original(state, setting), outcome
     if isinstance(step, Sparsify):
         return sparsify(step, state)
     return cut(step, state, setting)
@@ -138,26 +140,23 @@ def train(
     augment = part.augment if step.augment is None else step.augment
     # BatchNorm has no variance to take over a last batch of one image.
     count = max(1, len(data.train) // size + (len(data.train) % size > 1))
-    first_seed = setting.recipe.seed + 100_000 * number
+    first_seed = setting.seed + 100_000 * number
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seed = first_seed + epoch
-        every = data.batches("train", size, shuffle=seed, augment=augment, device=device)
-        return itertools.islice(every, count)
+    table = fixed_logits(step, augment, state.original, data, device)
+    read = reader(data, device, numbered=table is not None)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        return itertools.islice(read("train", size, shuffle=first_seed + epoch, augment=augment), count)
 
     history = fine_tune(
         state.model,
         batches,
         lambda: data.batches("validation", max(size, 256), device=device),
-        [Stage(stage.lr, stage.epochs) for stage in step.stages],
-        momentum=step.momentum,
-        weight_decay=step.weight_decay,
-        nesterov=step.nesterov,
-        schedule=step.schedule,
-        label_smoothing=step.label_smoothing,
+        **options_of(step, state.model),
+        **_penalty(step, number, state, setting),
+        distill=None if step.distill is None else distillation_of(step.distill, state.original, table),
         after_step=None if state.masks is None else state.masks.enforcer(state.model),
         device=device,
-        channels_last=step.channels_last,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
         on_step=None if on_step is None else lambda step, steps, loss: on_step(step / count),
@@ -165,8 +164,35 @@ def train(
     )
     earlier = setting.recipe.steps[: number - 1]
     dense = all(isinstance(before, Train) for before in earlier) and not setting.trained
-    epochs = f"best of {len(history.rows)} epochs: {history.best_epoch}"
+    all_epochs = f"of {len(history.rows)} epochs"
+    epochs = f"last {all_epochs}" if step.keep == "last" else f"best {all_epochs}: {history.best_epoch}"
     return Outcome("trained" if dense else "fine-tuned", note=epochs, notes=history.notes, history=history)
+
+
+def _penalty(step: Train, number: int, state: State, setting: Setting) -> dict[str, Any]:
+    """The penalty of a training step, on the channels of the model as it is now."""
+    if step.penalty is None:
+        return {}
+    model, plan = state.model.eval(), None
+    groups = find_groups(model, setting.data.example(2, setting.device))
+    if step.penalty.units == "next-cut":
+        then = next((after for after in setting.recipe.steps[number:] if isinstance(after, Cut)), None)
+        if then is None:
+            raise RecipeError(f"step {number} penalises what the next cut would take, and no step after it cuts.")
+        images = TrainImages(setting, then.images)
+        plan = plan_for(then, model, scores_for(then, model, groups, setting.recipe.seed, images))
+    return penalty_of(step.penalty, groups, plan)
+
+
+def _with_original(state: State, setting: Setting) -> State:
+    """The state with a copy of its model as the original, if a step wants one and there is none yet."""
+    wanted = distils(setting.recipe) and state.original is None
+    return replace(state, original=duplicate(state.model)) if wanted else state
+
+
+def distils(recipe: Recipe) -> bool:
+    """Whether a step learns from the original."""
+    return any(isinstance(step, Train) and step.distill is not None for step in recipe.steps)
 
 
 def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
@@ -174,7 +200,7 @@ def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
     masks = find_masks(state.model, step.sparsity, scope=step.scope, names=step.layers or None)
     masks.apply_(state.model)
     outcome = Outcome("sparsified", note=f"{numbers.share(step.sparsity)} {_scope(step)}", sparsity=masks.table())
-    return State(state.model, state.architecture, masks), outcome
+    return replace(state, masks=masks), outcome
 
 
 def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
@@ -184,7 +210,7 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
     """
     model, example = state.model.eval(), setting.data.example(2, setting.device)
     groups = find_groups(model, example)
-    scores = scores_for(step, model, groups, setting.recipe.seed, TrainImages(setting, step.images))
+    scores = scores_for(step, model, groups, setting.seed, TrainImages(setting, step.images))
     plan = plan_for(step, model, scores)
     smaller = apply(model, plan)
     certificate = certify(model, smaller, plan, example)
@@ -200,7 +226,8 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
         frozen=tuple(FrozenRow(axis.tensor, axis.reason) for axis in groups.frozen),
         certificate=tuple(CheckRow(*row) for row in certificate.rows()),
     )
-    return State(smaller, state.architecture.after(plan.attributes(), plan.replays())), outcome
+    architecture = state.architecture.after(plan.attributes(), plan.replays())
+    return State(smaller, architecture, original=state.original), outcome
 
 
 MASKS_END = (
@@ -211,48 +238,34 @@ MASKS_END = (
 
 @dataclass(frozen=True)
 class TrainImages:
-    """`count` images of the train split with their labels, drawn with the recipe's seed; all, if there are no more."""
+    """`count` images of the train split with their labels, drawn with the setting's seed; all, if there are no more."""
 
     setting: Setting
     count: int
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        recipe, left = self.setting.recipe, self.count
-        size = min(recipe.data.batch_size, left)
-        for images, labels in self.setting.data.batches(
-            "train", size, shuffle=recipe.seed, device=self.setting.device
-        ):
+        setting, left = self.setting, self.count
+        size = min(setting.recipe.data.batch_size, left)
+        for images, labels in setting.data.batches("train", size, shuffle=setting.seed, device=setting.device):
             yield images[:left], labels[:left]
             left -= len(labels)
             if left <= 0:
                 return
 
 
-def scores_for(step: Cut, model: nn.Module, groups: Groups, seed: int, batches: Batches) -> Scores:
-    """How much each channel matters to a cut step; `batches` are for criteria that look at images."""
-    magnitude = Magnitude(step.p)
-    criteria: dict[str, Criterion] = {
-        "magnitude": magnitude,
-        "random": Random(seed),
-        "median": Median(),
-        "batch-norm": BatchNormScale(otherwise=magnitude),
-        "taylor": Taylor(batches),
-        "fisher": Fisher(batches),
-    }
-    scales = {"none": none, "mean": by_mean, "max": by_max, "gaussian": gaussian, "lamp": lamp}
-    return score(model, groups, criteria[step.criterion], scales[step.scale])
-
-
 def _rehearse(recipe: Recipe, model: nn.Module, data: Data) -> None:
     """Plans every step on the model as it comes: a layer that does not exist shall not be found after hours."""
     cuts = [step for step in recipe.steps if isinstance(step, Cut)]
     batches = [(data.example(2), data.train.labels[:2])]
-    groups = find_groups(model, batches[0][0]) if cuts else None
+    penalised = any(isinstance(step, Train) and step.penalty is not None for step in recipe.steps)
+    groups = find_groups(model, batches[0][0]) if cuts or penalised else None
     for step in recipe.steps:
         if isinstance(step, Cut) and groups is not None:
             plan_for(step, model, scores_for(step, model, groups, recipe.seed, batches))
         elif isinstance(step, Sparsify):
             find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
+        elif isinstance(step, Train) and step.penalty is not None and groups is not None:
+            penalty_of(step.penalty, groups, None)
 
 
 def _device(name: str) -> torch.device:

@@ -1,10 +1,11 @@
 """Where a training run stands, on disk, so that it can be broken off at any moment and gone on with.
 
 A checkpoint is one safetensors file, without pickle. Its tensors are the model's (`model/...`), those of the
-best epoch where that is not the last one (`best/...`), the momentum buffers by parameter (`momentum/...`) and
-the states of torch's generators (`random/...`). Its metadata are the history and the settings as JSON, and a
-SHA-256 over all of this. The folder holds two generations: the newer takes its place by renaming once it is
-whole, and one that got damaged all the same is passed over for the older, with a note in the history.
+best epoch where they are others (`best/...`), the optimizer's (`optimizer/...`), the averaged weights
+(`average/...`) and the states of torch's generators (`random/...`). Its metadata are the history, the settings
+and the optimizer's plain values as JSON, and a SHA-256 over all of this. The folder holds two generations: the
+newer takes its place by renaming once it is whole, and one that got damaged all the same is passed over for the
+older, with a note in the history.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class Checkpoint:
         steps: optimizer steps taken so far.
         model: parameters and buffers by name, after the last finished epoch.
         best: the same after the best epoch.
-        momentum: the optimizer's momentum buffers by parameter name.
+        optimizer: the tensors of the optimizer's state, by `key/parameter`.
         random: the states of torch's generators, uint8, by device type.
+        average: the averaged weights by name, if there are any.
+        values: what of the optimizer's state and options are plain values, as JSON values.
     """
 
     settings: Mapping[str, Any]
@@ -50,8 +53,10 @@ class Checkpoint:
     steps: int
     model: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
-    momentum: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     random: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -73,8 +78,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     except OSError as error:
         what = f"could not make the folder {folder} for checkpoints: {(error.strerror or str(error)).lower()}"
         raise RunError(f"{what}; choose another.") from error
-    parts = {"model": checkpoint.model, "momentum": checkpoint.momentum, "random": checkpoint.random}
-    if checkpoint.history.best_epoch != len(checkpoint.history.rows):
+    parts = {name: getattr(checkpoint, name) for name in ("model", "optimizer", "random", "average")}
+    if checkpoint.history.best_epoch != len(checkpoint.history.rows) or checkpoint.average:
         parts["best"] = checkpoint.best
     tensors = {
         f"{part}/{name}": tensor.detach().cpu().contiguous()
@@ -85,6 +90,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "settings": json.dumps(dict(checkpoint.settings)),
         "history": json.dumps(checkpoint.history.to_json()),
         "steps": str(checkpoint.steps),
+        "values": json.dumps(dict(checkpoint.values)),
     }
     metadata["sha256"] = _digest(tensors, metadata)
     latest, following = folder / LATEST, folder / NEXT
@@ -221,9 +227,11 @@ def _read(path: Path) -> Checkpoint:
     found = _digest(tensors, {key: text for key, text in metadata.items() if key != "sha256"})
     if metadata.get("sha256") != found:
         raise RunError(f"{path} is damaged: its content does not have the checksum that was written with it.")
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}, "random": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}, "average": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
+        if part not in parts:
+            raise RunError(f"{path} is of another version: it holds {key!r}.")
         parts[part][name] = tensor
     return Checkpoint(
         settings=json.loads(metadata["settings"]),
@@ -231,8 +239,10 @@ def _read(path: Path) -> Checkpoint:
         steps=int(metadata["steps"]),
         model=parts["model"],
         best=parts["best"] or parts["model"],
-        momentum=parts["momentum"],
+        optimizer=parts["optimizer"],
         random=parts["random"],
+        average=parts["average"],
+        values=json.loads(metadata.get("values", "{}")),
     )
 
 

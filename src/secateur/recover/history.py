@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from secateur.errors import RunError, TrainingError
 
@@ -27,10 +26,12 @@ class EpochRow:
     Attributes:
         epoch: counted from 1.
         lr: learning rate of the epoch's last step.
-        train_loss: mean over the epoch's images of the loss that was minimised (label smoothing included,
-            weight decay not), in training mode, while the weights were changing.
-        train_accuracy: fraction in [0, 1] of those images that were classified correctly, likewise.
-        validation_loss: mean cross-entropy over the validation images, in evaluation mode, without smoothing.
+        train_loss: mean over the epoch's images of the loss that was minimised (label smoothing, distillation and
+            penalty included; weight decay and proximal steps not), in training mode, while the weights were changing.
+        train_accuracy: fraction in [0, 1] of those images that were classified correctly, likewise; of a mixed image
+            the label with the larger share counts.
+        validation_loss: mean cross-entropy over the validation images, in evaluation mode, without smoothing; of the
+            averaged weights, where they are averaged.
         validation_accuracy: fraction in [0, 1], likewise.
         seconds: wall-clock time of training and validation, without writing the checkpoint.
     """
@@ -50,7 +51,7 @@ class History:
 
     Attributes:
         rows: one per finished epoch; `rows[i].epoch == i + 1`.
-        best_epoch: counted from 1; 0 while no epoch is finished.
+        best_epoch: the one whose weights are kept, counted from 1; 0 while no epoch is finished.
         notes: sentences for the report, such as that a damaged checkpoint was passed over.
 
     >>> row = EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)
@@ -76,13 +77,13 @@ class History:
             raise TrainingError("there is no best epoch, because no epoch is finished; train for one.")
         return self.rows[self.best_epoch - 1]
 
-    def with_row(self, row: EpochRow) -> History:
-        """This history with one more epoch, which is the new best if `better` says so.
+    def with_row(self, row: EpochRow, *, last: bool = False) -> History:
+        """This history with one more epoch, which is the new best if `better` says so, or if the `last` is to be it.
 
         >>> History().with_row(EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)).rows[0].lr
         0.1
         """
-        best = row.epoch if not self.best_epoch or better(row, self.best) else self.best_epoch
+        best = row.epoch if last or not self.best_epoch or better(row, self.best) else self.best_epoch
         return dataclasses.replace(self, rows=(*self.rows, row), best_epoch=best)
 
     def to_json(self) -> dict[str, Any]:
@@ -139,9 +140,9 @@ class Tally:
         fail: called with a sentence at the first batch that has a wrong label or a loss that is not finite.
 
     >>> tally = Tally("epoch 1", 1, fail=print)
-    >>> loss = tally.add(torch.zeros(4, 2), torch.tensor([0, 1, 1, 1]), lr=0.1, smoothing=0.0)
-    >>> round(tally.loss, 4), tally.accuracy
-    (0.6931, 0.25)
+    >>> tally.add(torch.tensor(0.5), torch.zeros(4, 2), torch.tensor([0, 1, 1, 1]), lr=0.1)
+    >>> tally.loss, tally.accuracy
+    (0.5, 0.25)
     """
 
     def __init__(self, where: str, every: int, fail: Callable[[str], object]) -> None:
@@ -162,19 +163,14 @@ class Tally:
         """Fraction in [0, 1] of the images read so far; NaN before the first."""
         return self.hits / self.images if self.images else math.nan
 
-    def add(self, outputs: Tensor, labels: Tensor, lr: float, smoothing: float) -> Tensor:
-        """The batch's mean loss, differentiable, from `outputs` (n, classes) and int64 `labels` (n,)."""
-        least, most = labels.aminmax()
-        # A label out of range would end the process on a GPU; kept in range, it is found at the reading.
-        loss = functional.cross_entropy(
-            outputs, labels.clamp(0, outputs.shape[1] - 1), label_smoothing=smoothing
-        )
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, lr: float) -> None:
+        """Notes a batch: its mean loss, `outputs` (n, classes), int64 `labels` (n,), and the learning rate."""
         self._losses.append(loss.detach())
+        least, most = labels.aminmax()
         self._counts += [(outputs.detach().argmax(1) == labels).sum(), least, most]
         self._known.append((len(labels), outputs.shape[1], lr))
         if len(self._known) == self.every or not self.batches:
             self.read()
-        return loss
 
     def read(self) -> None:
         """Takes in the batches that are waiting."""

@@ -1,0 +1,203 @@
+"""The loop of a run: epochs of steps, validation, the best weights, and the checkpoint that each epoch leaves.
+
+A step costs what the same step of a bare PyTorch loop costs: losses and hits stay on the device and are read now and
+then, and what is not asked for is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.errors import TrainingError
+from secateur.recover.average import Average
+from secateur.recover.checkpoint import (
+    LATEST,
+    Checkpoint,
+    check_same_run,
+    model_state,
+    random_state,
+    read_checkpoint,
+    set_model_state,
+    set_random_state,
+    write_checkpoint,
+)
+from secateur.recover.history import EpochRow, History, Tally
+from secateur.recover.mixing import Mix
+from secateur.recover.objective import Batch, Objective, label_loss
+from secateur.recover.optimizers import Rates, optimizer_state, set_optimizer_state
+from secateur.recover.place import Place, wide
+from secateur.recover.settings import Settings
+
+Batches = Iterable[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
+# Steps between two readings of the loss on an accelerator.
+READ_EVERY = 32
+
+
+@dataclass
+class Loop:
+    """One run under way; what has to outlive it goes into the checkpoint.
+
+    Args:
+        model: on the place, as `Place.prepared` leaves it.
+        identity: all that was asked for, as JSON values: a checkpoint of anything else is refused.
+        after_step: called with the learning rate after each step, one after the other.
+    """
+
+    model: nn.Module
+    settings: Settings
+    identity: Mapping[str, Any]
+    place: Place
+    optimizer: Optimizer
+    objective: Objective
+    mix: Mix | None
+    after_step: tuple[Callable[[float], None], ...]
+    on_step: Callable[[int, int, float], None] | None
+    folder: Path | None
+    history: History = field(default_factory=History)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.rates = Rates.of(self.optimizer)
+        self.forward = self.place.runner(self.model)
+        self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
+        self.clipped = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.best = self._copy()
+        self.random = random_state(self.place.on)
+
+    def go_on(self) -> None:
+        """Takes the run up where the checkpoint left it, if there is one."""
+        found = None if self.folder is None else read_checkpoint(self.folder)
+        if self.folder is None or found is None:
+            return
+        check_same_run(self.folder, found, self.identity, model_state(self.model))
+        self.history, self.steps, self.random = found.history, found.steps, dict(found.random)
+        set_model_state(self.model, found.best)
+        self.best = self._copy()
+        set_model_state(self.model, found.model)
+        set_optimizer_state(self.optimizer, self.model, found.optimizer, found.values)
+        if self.average is not None:
+            self.average.set(found.average)
+
+    def epoch(self, epoch: int, train: Callable[[int], Batches], validation: Callable[[], Batches]) -> EpochRow:
+        """Trains and validates for one epoch, counted from 0, and writes the checkpoint."""
+        # From the state that a checkpoint would give back, whatever on_epoch has drawn in between.
+        set_random_state(self.random, self.place.on)
+        start = time.perf_counter()
+        loss, accuracy, lr = self._train(epoch, train(epoch))
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            validation_loss, validation_accuracy = self._validate(epoch, validation(), lr)
+            seconds = time.perf_counter() - start
+            row = EpochRow(epoch + 1, lr, loss, accuracy, validation_loss, validation_accuracy, seconds)
+            self.history = self.history.with_row(row, last=self.settings.keep == "last")
+            if self.history.best_epoch == row.epoch:
+                self.best = self._copy()
+        self.random = random_state(self.place.on)
+        if self.folder is not None:
+            write_checkpoint(self.folder, self._checkpoint())
+        return row
+
+    def _train(self, epoch: int, batches: Batches) -> tuple[float, float, float]:
+        self.model.train()
+        where, expected = f"epoch {epoch + 1}", self.settings.batches_per_epoch
+        tally = Tally(where, 1 if self.place.on.type == "cpu" else READ_EVERY, self._fail)
+        step, lr = 0, math.nan
+        for step, given in enumerate(batches, start=1):
+            if expected is not None and step > expected:
+                self._fail(f"{where} has more batches than batches_per_epoch, {expected}; give their number.")
+            lr = self.settings.lr(epoch, step - 1)
+            self.rates.set(lr)
+            self.optimizer.zero_grad(set_to_none=True)
+            batch = self._batch(given, self.mix)
+            outputs = self._outputs(batch)
+            loss = self.objective(outputs, batch, self.steps)
+            tally.add(loss, outputs, batch.main, lr)
+            self._step(loss, lr)
+            if self.on_step is not None:
+                self.on_step(step, self.steps, tally.loss)
+        if not step:
+            self._fail(f"train({epoch}) gave no batch; check that there are images enough for one.")
+        if expected is not None and step < expected:
+            self._fail(f"{where} has {step} batches, and batches_per_epoch is {expected}; give their number.")
+        tally.read()
+        return tally.loss, tally.accuracy, lr
+
+    def _step(self, loss: Tensor, lr: float) -> None:
+        loss.backward()
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.clipped, self.settings.clip)
+        self.optimizer.step()
+        for then in self.after_step:
+            then(lr)
+        self.steps += 1
+        if self.average is not None:
+            self.average.update(self.steps)
+
+    @torch.no_grad()
+    def _validate(self, epoch: int, batches: Batches, lr: float) -> tuple[float, float]:
+        self.model.eval()
+        tally = Tally(f"the validation after epoch {epoch + 1}", READ_EVERY, self._fail)
+        for given in batches:
+            batch = self._batch(given, None)
+            outputs = self._outputs(batch)
+            tally.add(label_loss(outputs, batch.labels), outputs, batch.labels, lr)
+        tally.read()
+        if not tally.images:
+            self._fail("validation() gave no batch; the best epoch is chosen on it, so give it some images.")
+        return tally.loss, tally.accuracy
+
+    def _batch(self, given: tuple[Tensor, ...], mix: Mix | None) -> Batch:
+        images, labels, *numbers = (self.place.tensor(tensor) for tensor in given)
+        labels = labels if labels.is_floating_point() else labels.long()
+        if mix is None:
+            return Batch(self.place.images(images), labels, numbers[0] if numbers else None)
+        mixed = mix(images)  # the images are others now, so their numbers say nothing
+        return Batch(self.place.images(mixed.images), labels, None, mixed)
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        """The logits of a batch, found to fit its labels."""
+        outputs, labels = self.forward(batch.images), batch.labels
+        if not isinstance(outputs, Tensor):
+            self._fail(f"the model gives a {type(outputs).__name__}; wrap it so that it gives logits alone.")
+        fit = outputs.ndim == 2 and labels.shape == outputs.shape[:1] and not labels.is_floating_point()
+        if not fit or not len(labels):
+            self._fail(
+                f"outputs {tuple(outputs.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit "
+                "each other; logits (batch, classes) and one whole number for each image are needed."
+            )
+        return wide(outputs)
+
+    def _fail(self, what: str) -> NoReturn:
+        """Raises, with `what` and then where the model and the checkpoint stand."""
+        best = self.history.best_epoch
+        ending = f"has the weights of its best epoch, {best}, back" if best else "is as it came"
+        if self.folder is not None and best:
+            kept = f"the checkpoint after epoch {len(self.history.rows)} is kept in {self.folder / LATEST}"
+            ending = f"{ending}; {kept}"
+        raise TrainingError(f"{what} The model {ending}.")
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in model_state(self.model).items()}
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors, values = optimizer_state(self.optimizer, self.model)
+        return Checkpoint(
+            self.identity,
+            self.history,
+            self.steps,
+            model_state(self.model),
+            self.best,
+            tensors,
+            self.random,
+            {} if self.average is None else self.average.tensors,
+            values,
+        )

@@ -1,0 +1,70 @@
+"""What a training step makes smaller: the loss on the labels, a teacher's part in it, and a penalty on the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.recover.distillation import Lesson
+from secateur.recover.mixing import Mixed
+from secateur.recover.penalties import Penalty, Strength
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch on the device: images as the model takes them, labels, the images' numbers, how they are mixed."""
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor | None = None
+    mixed: Mixed | None = None
+
+    @property
+    def main(self) -> Tensor:
+        """The label that has the larger share in each image."""
+        return self.labels if self.mixed is None else self.mixed.main(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The loss of a batch; what is left out has no part in it.
+
+    >>> import torch
+    >>> objective = Objective(nn.Linear(1, 1), penalty=lambda model: torch.tensor(3.0), strength=2.0)
+    >>> batch = Batch(torch.zeros(4, 1), torch.tensor([0, 1, 0, 1]))
+    >>> round(objective(torch.zeros(4, 2), batch, 0).item(), 4)  # log(2) + 2 * 3
+    6.6931
+    """
+
+    model: nn.Module
+    smoothing: float = 0.0
+    lesson: Lesson | None = None
+    penalty: Penalty | None = None
+    strength: Strength = 1.0
+
+    def __call__(self, outputs: Tensor, batch: Batch, steps: int) -> Tensor:
+        """The mean over the batch, of logits (n, classes), when so many steps have been taken."""
+        loss = label_loss(outputs, batch.labels, self.smoothing, batch.mixed)
+        if self.lesson is not None:
+            loss = self.lesson.loss(batch.images, outputs, loss, batch.numbers)
+        if self.penalty is not None:
+            loss = loss + strength_at(self.strength, steps) * self.penalty(self.model)
+        return loss
+
+
+def label_loss(outputs: Tensor, labels: Tensor, smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
+    """Cross-entropy of logits (n, classes) with labels (n,), or with the soft labels of mixed images; mean over n.
+
+    A label out of range would end the process on a GPU; here it is moved into it, to be found by `Tally`.
+    """
+    classes = outputs.shape[1]
+    labels = labels.clamp(0, classes - 1)
+    targets = labels if mixed is None else mixed.targets(labels, classes).to(outputs.dtype)
+    return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+
+
+def strength_at(strength: Strength, steps: int) -> float:
+    """The factor of a penalty when so many steps have been taken."""
+    return strength(steps) if callable(strength) else strength
