@@ -40,6 +40,8 @@ from secateur.measure.runtimes import compiled, eager, onnx_runtime
 from secateur.measure.table import LatencyTable
 
 RUNTIMES = {"eager": eager, "onnx": onnx_runtime, "compile": compiled}
+KINDS = {"MACs": 1, "MACs by 8": 8}
+"""Of what the widths of a plan for MACs are multiples."""
 HALVINGS = 7
 TRIED = (1.0, 0.9, 0.8, 0.7)
 CAP = 0.75
@@ -64,6 +66,8 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5], help="of the MACs")
     parser.add_argument("--data", default="cifar10", help="a data set, as load_data takes it")
     parser.add_argument("--weights", type=Path, help="the folder of resnet20_cifar10.safetensors")
+    parser.add_argument("--test", type=int, default=10000, help="test images, the first ones")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="of plans for MACs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=9, help="how often each layer is timed")
     parser.add_argument("--runs", type=int, default=30, help="how often each plan is timed")
@@ -112,7 +116,7 @@ def trained(name: str, options: argparse.Namespace) -> Case:
     shape = {"mean": data.mean, "std": data.std}
     train = [images for images, _ in data.train.take(order[:2048]).batches(256, **shape)]
     held = list(data.train.take(order[2048:3072]).batches(256, **shape))
-    test = list(data.test.batches(250, **shape))
+    test = list(data.test.take(range(options.test)).batches(250, **shape))
     groups = sc.find_groups(model, data.example())
     scores = sc.score(model, groups, sc.Energy(train[:2]))
     known: dict[tuple[str, int], float] = {}
@@ -153,8 +157,8 @@ def kept(plan: sc.Plan, scores: sc.Scores) -> float:
 def rows(case: Case, runtime: str, table: LatencyTable, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each share and set of widths, the plan for MACs and the fastest that keeps as much."""
     for share in options.shares:
-        for kind, multiple in (("MACs", 1), ("MACs by 8", 8)):
-            limits = Limits(cap=CAP, multiple=multiple)
+        for kind in options.kinds:
+            limits = Limits(cap=CAP, multiple=KINDS[kind])
             budget = sc.Budget(macs=share)
             plain = sc.allocate(case.scores, Knapsack(), budget=budget, limits=limits)
             start = time.perf_counter()

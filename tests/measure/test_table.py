@@ -289,3 +289,19 @@ def test_likely_widths_end_in_the_whole(units: int) -> None:
     widths = likely_widths(units)
     assert widths[-1] == units
     assert all(low < high for low, high in itertools.pairwise((0, *widths)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lstm, self.b = nn.Linear(4, 8), nn.LSTM(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.lstm(self.a(x))[0])
+
+
+def test_what_cannot_be_timed_alone_is_part_of_the_rest() -> None:
+    model, x = Recurrent().eval(), torch.randn(3, 2, 4)
+    table = measure_table(model, x, find_groups(model, x), turns=1)
+    assert [call.module for call in table.calls] == ["a", "b"]
+    assert table.whole_ms > 0

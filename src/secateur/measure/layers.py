@@ -19,6 +19,10 @@ SWAPS = frozenset(("t", "transpose"))
 """Views by which a weight gets to a product; of the last two axes, in what models do."""
 
 
+ALONE = frozenset(("convolution", *(op for op in LOOPS if op not in ("mkldnn_rnn_layer", "grouped_mm"))))
+"""What can be timed alone: not what takes a size as an integer too, or works by the values of an operand."""
+
+
 @dataclass(frozen=True)
 class Hole:
     """The place of an operand among a call's arguments."""
@@ -122,7 +126,7 @@ def fill(nested: Any, operands: Sequence[Any]) -> Any:
     """Arguments with the operands in their places.
 
     >>> fill((Hole(1), (3, Hole(0))), ["a", "b"])
-    ('b', [3, 'a'])
+    ('b', (3, 'a'))
     """
     if isinstance(nested, Hole):
         return operands[nested.operand]
@@ -142,7 +146,8 @@ def op_name_of(op: Any) -> str:
 def find_layers(analysis: Analysis) -> tuple[list[tuple[Layer, str, tuple[Axis, ...]]], list[Product]]:
     """The calls to time, each with its module and the units along its variables; and what all others write.
 
-    Timed are the calls that MACs are counted of; `Product`s are the numbers that the others write.
+    Timed are the calls that MACs are counted of, but for LSTMs and experts (see `ALONE`);
+    `Product`s are the numbers that the others write.
     """
     trace = analysis.trace
     made_by = {ref.id: call for call in trace.calls for ref in call.outputs if ref is not None}
@@ -154,7 +159,7 @@ def find_layers(analysis: Analysis) -> tuple[list[tuple[Layer, str, tuple[Axis, 
             static.update(ref.id for ref in call.outputs if ref is not None)
         if call.dead or call.op.is_view:
             continue
-        if op_name(call) == "convolution" or op_name(call) in LOOPS:
+        if op_name(call) in ALONE:
             found = _layer(call, analysis, static, made_by)
             if runs(found[0], found[0].sizes):
                 timed.append((found[0], call.module, found[1]))

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def likely_widths(units: int) -> tuple[int, ...]:
     """Where time is likely to bend: small multiples of 8, and quarters rounded to multiples of 8.
 
     >>> likely_widths(16), likely_widths(64), likely_widths(512), likely_widths(10)
-    ((4, 8, 16), (8, 16, 32, 48, 64), (16, 32, 128, 256, 384, 512), (3, 5, 10))
+    ((4, 8, 16), (8, 16, 32, 48, 64), (16, 32, 128, 256, 384, 512), (2, 5, 10))
     """
     if units < BLOCK:
         return tuple(sorted({max(1, round(units * share)) for share in (0.25, 0.5, 1)}))
@@ -245,8 +246,9 @@ def _times(layer: Layer, grid: _Grid, ms: dict[Point, float]) -> LayerTimes:
             added = _pull(grid, values, off, base, ms.get(off), v)
             pull.append(added[0])
             price.append(added[1])
-        pulls.append(tuple(pull) if row else (0.0,) * 5)
-        slower.append(tuple(price) if row else (1.0,) * 5)
+        # A multiple of less is no better, and close to the step there is too little to see.
+        pulls.append(tuple(accumulate(pull, max)) if row else (0.0,) * 5)
+        slower.append(tuple(accumulate(price, max)) if row else (1.0,) * 5)
     return LayerTimes(
         op=layer.name,
         shapes=tuple(operand.shape for operand in layer.operands),
