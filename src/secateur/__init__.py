@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secateur.allocate.budget import Budget
     from secateur.allocate.depth import Drop, choose_blocks
     from secateur.allocate.knapsack import Knapsack
+    from secateur.allocate.latency_knapsack import LatencyKnapsack
     from secateur.allocate.limits import Limits
     from secateur.allocate.plan import Plan, allocate
     from secateur.allocate.ranking import GlobalRanking
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
     from secateur.measure.accuracy import Accuracy, accuracy
     from secateur.measure.latency import Latency, compare_latency, latency
     from secateur.measure.macs import count_macs
+    from secateur.measure.measure_table import measure_table
     from secateur.measure.measurement import Measurement, measure
     from secateur.measure.params import count_params, file_bytes
+    from secateur.measure.reasons import why_not_faster
+    from secateur.measure.runtimes import compiled, eager, onnx_runtime
     from secateur.measure.sparsity import SparsityTable, sparsity
+    from secateur.measure.table import LatencyTable
     from secateur.recipe.folder import load, save
     from secateur.recipe.launch import resume, run
     from secateur.recipe.reading import read_recipe
@@ -118,6 +123,8 @@ __all__ = [
     "Images",
     "Knapsack",
     "Latency",
+    "LatencyKnapsack",
+    "LatencyTable",
     "Ledger",
     "Limits",
     "Magnitude",
@@ -157,11 +164,13 @@ __all__ = [
     "certify_drop",
     "choose_blocks",
     "compare_latency",
+    "compiled",
     "compress",
     "count_macs",
     "count_params",
     "cubic",
     "drop_blocks",
+    "eager",
     "export_program",
     "file_bytes",
     "find_blocks",
@@ -182,8 +191,10 @@ __all__ = [
     "load_program",
     "mask",
     "measure",
+    "measure_table",
     "norms_and_head",
     "one_shot",
+    "onnx_runtime",
     "read_recipe",
     "reconstruct",
     "reset_statistics",
@@ -196,6 +207,7 @@ __all__ = [
     "sparsity",
     "teacher_logits",
     "tier_of",
+    "why_not_faster",
     "write_page",
 ]
 
@@ -204,6 +216,7 @@ _HOMES = MappingProxyType(
         "allocate.budget": ("Budget",),
         "allocate.depth": ("Drop", "choose_blocks"),
         "allocate.knapsack": ("Knapsack",),
+        "allocate.latency_knapsack": ("LatencyKnapsack",),
         "allocate.limits": ("Limits",),
         "allocate.plan": ("Plan", "allocate"),
         "allocate.ranking": ("GlobalRanking",),
@@ -221,9 +234,13 @@ _HOMES = MappingProxyType(
         "measure.accuracy": ("Accuracy", "accuracy"),
         "measure.latency": ("Latency", "compare_latency", "latency"),
         "measure.macs": ("count_macs",),
+        "measure.measure_table": ("measure_table",),
         "measure.measurement": ("Measurement", "measure"),
         "measure.params": ("count_params", "file_bytes"),
+        "measure.reasons": ("why_not_faster",),
+        "measure.runtimes": ("compiled", "eager", "onnx_runtime"),
         "measure.sparsity": ("SparsityTable", "sparsity"),
+        "measure.table": ("LatencyTable",),
         "recipe.folder": ("load", "save"),
         "recipe.launch": ("resume", "run"),
         "recipe.reading": ("read_recipe",),
