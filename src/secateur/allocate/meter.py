@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 
 from secateur.allocate.ladder import Floats, Gone, Ints, Ladder
-from secateur.graph.costs import Product, _tensors
+from secateur.graph.costs import Product, tensor_products
 from secateur.graph.records import Groups
 
 
@@ -72,7 +72,7 @@ class Meter:
 
 def _terms(groups: Groups, measures: Sequence[str]) -> tuple[list[Product], NDArray[np.int64]]:
     """The products that the measures are sums of, and (measures, products) how often each counts."""
-    tensors = _tensors(groups.groups, groups.tensors) if {"params", "bytes"} & set(measures) else []
+    tensors = tensor_products(groups.groups, groups.tensors) if {"params", "bytes"} & set(measures) else []
     products = list(groups.products) if "macs" in measures else []
     units = [Product("", 1, (tuple(range(first, last)),)) for first, last in itertools.pairwise(groups.offsets)]
     units = units if "units" in measures else []

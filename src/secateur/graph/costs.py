@@ -160,7 +160,7 @@ class Costs:
     ) -> None:
         self.whole: Stays = np.ones(sum(group.size for group in groups) + 1, np.bool_)
         self.products = Tally(products)
-        self._numbers = Tally(_tensors(groups, tensors))
+        self._numbers = Tally(tensor_products(groups, tensors))
         counted = [(info.parameter, info.itemsize) for info in tensors]
         self._weights = np.array(counted, np.int64).reshape(len(counted), 2)
 
@@ -184,7 +184,7 @@ class Costs:
         return UnitCost(int(numbers[0]), self.macs(self.whole) - self.macs(stays), int(numbers[1]))
 
 
-def _tensors(groups: Sequence[Group], tensors: Sequence[TensorInfo]) -> list[Product]:
+def tensor_products(groups: Sequence[Group], tensors: Sequence[TensorInfo]) -> list[Product]:
     """How many numbers each tensor has."""
     axes: dict[str, dict[int, list[int]]] = {info.name: {} for info in tensors}
     shapes = {info.name: info.shape for info in tensors}
