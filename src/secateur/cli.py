@@ -150,7 +150,7 @@ def bakeoff(
     folder = out or Path(f"{run_folder(recipe, read_recipe(recipe))}-bakeoff")
     named = {"scales": tuple(scales.split(",")), "guides": tuple(guides.split(","))}
     field = Field(**named, seeds=seeds, **({"criteria": tuple(criteria.split(","))} if criteria else {}))
-    with _progress("cells") as progress:
+    with _resumable(folder, "the same command"), _progress("cells") as progress:
         cells = run(read_recipe(recipe), field, folder, ray=ray, progress=progress)
     for table in standings_tables(cells):
         _print(table)
@@ -296,13 +296,13 @@ def _refuse(sentence: str) -> int:
 
 
 @contextlib.contextmanager
-def _resumable(run: Path) -> Iterator[None]:
-    """Ctrl-C within the block ends the command with the way to go on."""
+def _resumable(run: Path, command: str = "") -> Iterator[None]:
+    """Ctrl-C within the block ends the command with the way to go on: `secateur resume` if no other is given."""
     try:
         yield
     except KeyboardInterrupt:
         going = (run / "recipe.toml").exists() and not (run / "run.json").exists()
-        then = f"go on with: secateur resume {run}" if going else "nothing was written."
+        then = f"go on with: {command or f'secateur resume {run}'}" if going else "nothing was written."
         print(f"\nsecateur: interrupted; {then}", file=sys.stderr)
         raise typer.Exit(130) from None
 

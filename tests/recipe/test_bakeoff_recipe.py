@@ -98,6 +98,11 @@ def test_refusals(recipe, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(RunError, match="is no bake-off"):
         bakeoff(recipe, FIELD, tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file"):
+        bakeoff(recipe, FIELD, tmp_path / "file")
+    with pytest.raises(RunError, match=r"no Ray cluster answers at '127\.0\.0\.1:9'"):
+        bakeoff(recipe, FIELD, tmp_path / "ray", ray="127.0.0.1:9")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "recipe.toml").write_text("seed = 1")
     with pytest.raises(RunError, match="bake-off of another recipe"):

@@ -157,5 +157,8 @@ def test_no_model_above_the_floor_is_refused():
 
     with pytest.raises(PlanError, match=r"None is above the floor of 85.00 %: the best is .* has 20.00 %"):
         compress(model, inputs, Floor(0.85, evaluate, tries=3))
+    Path("taken").write_text("")
+    with pytest.raises(RunError, match="taken"):
+        compress(model, inputs, Floor(0.85, evaluate, folder="taken"))
     with pytest.raises(PlanError, match="tries of 1 or more"):
         Floor(0.9, evaluate, tries=0)

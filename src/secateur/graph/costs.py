@@ -93,7 +93,7 @@ def find_products(trace: Trace, blocks: Mapping[int, Sequence[UnitBlock]]) -> tu
             constant, axes = 1, []
             for ref, dims in loops:
                 sizes = {dim: trace.values[ref.id].shape[dim] for dim in dims}
-                for found, units in map(_plain, blocks.get(ref.id, ())):
+                for found, units in map(plain_block, blocks.get(ref.id, ())):
                     if set(found) <= set(sizes) and (units >= 0).any():
                         axes.append(known.setdefault(units.tobytes(), tuple(units.ravel().tolist())))
                         sizes.update(dict.fromkeys(found, 1))
@@ -116,7 +116,7 @@ def _loops(call: Call, trace: Trace) -> Iterator[list[tuple[Ref, list[int]]]]:
             yield [(ref, [d for d, name in enumerate(row) if name != "."]) for ref, row in operands]
 
 
-def _plain(block: UnitBlock) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+def plain_block(block: UnitBlock) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """The axes of a block along which its units change, at least one, and the units along them."""
     dims, units = list(block.dims), block.units
     for axis in reversed(range(units.ndim)):

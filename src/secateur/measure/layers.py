@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from secateur.graph.analysis import Analysis
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Ref, op_name
-from secateur.graph.costs import LOOPS, Axis, Product, _plain
+from secateur.graph.costs import LOOPS, Axis, Product, plain_block
+from secateur.graph.decisions import name_of
 
 SWAPS = frozenset(("t", "transpose"))
 """Views by which a weight gets to a product; of the last two axes, in what models do."""
@@ -96,7 +97,7 @@ class Layer:
         shapes = self.shapes(widths)
         made = [_tensor(operand, shape, device) for operand, shape in zip(self.operands, shapes)]
         args = list(self.args)
-        if op_name_of(self.op) == "convolution" and args[8] > 1:
+        if name_of(self.op) == "convolution" and args[8] > 1:
             args[8] = _conv_groups(args, self.operands, shapes)
         moving = [t for t, operand in zip(made, self.operands) if not operand.static]
         static = [t if operand.static else None for t, operand in zip(made, self.operands)]
@@ -131,16 +132,10 @@ def fill(nested: Any, operands: Sequence[Any]) -> Any:
     if isinstance(nested, Hole):
         return operands[nested.operand]
     if isinstance(nested, tuple):
-        items = [fill(item, operands) for item in nested]
-        return tuple(items) if any(isinstance(item, Hole) for item in nested) else items
+        return tuple(fill(item, operands) for item in nested)
     if isinstance(nested, dict):
         return {key: fill(item, operands) for key, item in nested.items()}
     return nested
-
-
-def op_name_of(op: Any) -> str:
-    """As `capture.op_name`, for an op."""
-    return str(op.overloadpacket.__name__).strip("_")
 
 
 def find_layers(analysis: Analysis) -> tuple[list[tuple[Layer, str, tuple[Axis, ...]]], list[Product]]:
@@ -187,7 +182,7 @@ def _layer(
 
     def hole(ref: Ref) -> Hole:
         value, along = values[ref.id], [-1] * len(values[ref.id].shape)
-        for dims, units in map(_plain, analysis.units_of(ref)):
+        for dims, units in map(plain_block, analysis.units_of(ref)):
             if dims and (units >= 0).any():
                 key = units.tobytes()
                 if key not in places:
@@ -243,7 +238,7 @@ def _written(call: Call, analysis: Analysis) -> list[Product]:
     if ref is None:
         return []
     sizes, axes = dict(enumerate(analysis.trace.values[ref.id].shape)), []
-    for dims, units in map(_plain, analysis.units_of(ref)):
+    for dims, units in map(plain_block, analysis.units_of(ref)):
         if (units >= 0).any():
             axes.append(tuple(units.ravel().tolist()))
             sizes.update(dict.fromkeys(dims, 1))

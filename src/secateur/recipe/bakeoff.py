@@ -8,15 +8,16 @@ training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,9 @@ from secateur.search.bakeoff import Cell, Entrant, Stage
 CELLS = "cells.jsonl"
 GUIDES = ("ranking", "ranking-per-cost", "knapsack", "uniform")
 RESET_IMAGES = 2048
+
+Run = Callable[[Recipe, Sequence[tuple[Entrant, int]]], Iterator[Cell]]
+"""What measures cells, in any order."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,19 @@ def bakeoff(
         progress: told after each cell.
 
     Raises:
-        RecipeError: the recipe has no cut to a budget. RunError: the folder is of another recipe.
+        RecipeError: the recipe has no cut to a budget. RunError: the folder is of another recipe, or no cluster
+            answers.
     """
     cuts = [step for step in recipe.steps if isinstance(step, Cut)]
     if len(cuts) != 1 or cuts[0].budget is None:
         raise RecipeError("a bake-off needs a recipe with one step that cuts, and that to a budget.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _cluster(ray) as here, locked(folder):
         _claim(folder, recipe)
         rest = begin(recipe.model_copy(update={"floor": None}), folder / "start", progress)
         cells = {(cell.entrant, cell.seed): cell for cell in read_cells(folder)}
         todo = [(who, seed) for seed in range(field.seeds) for who in field.entrants if (who, seed) not in cells]
         total = len(todo)
-        for number, cell in enumerate(_on_ray(rest, todo, ray) if ray else _here(rest, todo), start=1):
+        for number, cell in enumerate((_here if here is None else here)(rest, todo), start=1):
             append_line(folder / CELLS, json.dumps(cell.to_json()))
             cells[cell.entrant, cell.seed] = cell
             if progress is not None:
@@ -165,26 +169,48 @@ def _here(rest: Recipe, todo: Sequence[tuple[Entrant, int]]) -> Iterator[Cell]:
         yield measure_cell(rest, who, seed)
 
 
-def _on_ray(rest: Recipe, todo: Sequence[tuple[Entrant, int]], address: str) -> Iterator[Cell]:
-    """Each cell as a task; they come as they are done."""
-    ray = _ray()
-    ray.init(address=None if address == "local" else address, log_to_driver=False, configure_logging=False)
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Run | None]:
+    """What runs cells on the workers of a Ray cluster; None where they are run here.
+
+    RecipeError if Ray is not installed, RunError if nothing answers at the address.
+    """
+    if address is None:
+        yield None
+        return
     try:
+        import ray
+    except ImportError as error:
+        raise RecipeError("Ray is not installed here; pip install 'secateur[ray]', or leave --ray out.") from error
+    _check_answers(address)
+    try:
+        ray.init(address=None if address == "local" else address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"the Ray cluster {address!r} cannot be joined: {str(error).splitlines()[0]}") from error
+
+    def run(rest: Recipe, todo: Sequence[tuple[Entrant, int]]) -> Iterator[Cell]:
+        """Each cell as a task; they come as they are done."""
         task = ray.remote(max_retries=2)(measure_cell)
         left = [task.remote(rest, who, seed) for who, seed in todo]
         while left:
             done, left = ray.wait(left)
             yield from ray.get(done)
+
+    try:
+        yield run
     finally:
         ray.shutdown()
 
 
-def _ray() -> Any:
+def _check_answers(address: str) -> None:
+    """RunError unless something listens at a host and port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
     try:
-        import ray
-    except ImportError as error:
-        raise RecipeError("Ray is not installed here; pip install 'secateur[ray]', or leave --ray out.") from error
-    return ray
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise RunError(f"no Ray cluster answers at {address!r} ({error}); check the address, or give local.") from error
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:

@@ -59,18 +59,7 @@ Progress = Callable[[Status], None]
 def run(
     recipe: Recipe, folder: str | Path, *, force: bool = False, progress: Progress | None = None
 ) -> RunRecord:
-    """Runs `recipe` in the new folder `folder` and returns all that its report shows.
-
-    Args:
-        recipe: what to do.
-        folder: made if missing; one that has something in it is refused.
-        force: replace the run that is in the folder, once the recipe, the data and the model have been found good.
-        progress: called before each step, after each epoch and, with a share above 0, after each step of one.
-
-    Raises:
-        RunError: the folder is taken, another process is at work in it, or it cannot be written.
-        SecateurError: as the data, the model and the steps; what was finished stays in the folder.
-    """
+    """Runs the steps of `recipe` as they stand; arguments and errors as of `launch.run`."""
     folder = Path(folder)
     check_free(folder, force)
     with process(recipe):
@@ -83,10 +72,7 @@ def run(
 
 
 def resume(folder: str | Path, *, progress: Progress | None = None) -> RunRecord:
-    """Goes on with the run in `folder` after its last finished step, and within a training step after its last epoch.
-
-    Raises `RunError` where there is no run, one that is finished, or one that another process is at work on.
-    """
+    """Goes on with such a run, as `launch.resume` does."""
     folder = Path(folder)
     if not (folder / RECIPE).exists():
         raise RunError(f"{str(folder)!r} holds no run; give the folder that was made by `secateur compress`.")

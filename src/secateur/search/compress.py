@@ -19,7 +19,7 @@ from secateur.allocate.budget import Budget, Target
 from secateur.allocate.limits import Limits
 from secateur.allocate.plan import Plan, Strategy, allocate
 from secateur.allocate.ranking import GlobalRanking
-from secateur.codec.files import read_json, write_json
+from secateur.codec.files import locked, read_json, write_json
 from secateur.codec.state import load_state, save_state
 from secateur.errors import PlanError, ProofError
 from secateur.graph.groups import find_groups
@@ -212,9 +212,13 @@ def _cut(done: Compressed, plan: Plan, how: _How) -> Compressed:
 
 def _to_floor(model: nn.Module, floor: Floor, how: _How, scores: Scores) -> Compressed:
     """The smallest above a floor; the scores of the whole model serve every trial."""
-    folder = None if floor.folder is None else Path(floor.folder)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    if floor.folder is None:
+        return _search(model, floor, how, scores, None)
+    with locked(floor.folder):
+        return _search(model, floor, how, scores, Path(floor.folder))
+
+
+def _search(model: nn.Module, floor: Floor, how: _How, scores: Scores, folder: Path | None) -> Compressed:
     whole = float(floor.evaluate(model))
     least = whole + floor.accuracy if floor.accuracy < 0 else floor.accuracy
     above: dict[float, Compressed] = {}
