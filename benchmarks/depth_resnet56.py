@@ -35,6 +35,7 @@ Score = Callable[..., BlockScores]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="a data set, as load_data takes it")
+    parser.add_argument("--normalise", default="imagenet", help="as the weights were trained; see load_data")
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--drop", type=int, nargs="*", default=[3, 6, 9], help="how many blocks go")
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", help='only these, such as "energy" or "damage, again"')
     options = parser.parse_args()
     begun = time.perf_counter()
-    data = sc.load_data(options.data)
+    data = sc.load_data(options.data, normalise=options.normalise)
     model = sc.build_model(f"secateur:{options.model}", classes=10, weights=options.weights).model.eval()
     blocks = find_blocks(model, data.example())
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: options.images]

@@ -109,7 +109,7 @@ def drawn(model: nn.Module, groups: sc.Groups) -> list[Tensor]:
 
 
 def trained(name: str, options: argparse.Namespace) -> Case:
-    data = sc.load_data(options.data)
+    data = sc.load_data(options.data, normalise="imagenet")  # as the weights were trained
     weights = options.weights / f"{name}_cifar10.safetensors"
     model = sc.build_model(f"secateur:{name}", classes=10, weights=weights).model.eval()
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))

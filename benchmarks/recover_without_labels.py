@@ -11,6 +11,7 @@ nothing else sees; the seconds are those of the choice of units and of the solvi
 Which units go is the choice of `--choice`:
 
 - "energy": `Energy` and `GlobalRanking` with a budget, over all groups.
+- "direction": `Direction`, inner channels of the blocks only, ranked per MAC.
 - "surgeon": `BrainSurgeon(in_order=True, centred=True)`, inner channels of the blocks only, score per MAC.
 - "outputs": the same, and each price also counted as what it does to the logits: for a block's output with the
   Jacobian J of the logits, tr(G W_u [C^-1]_uu^-1 W_u^T) with G = E[J^T J], estimated by one random combination of the
@@ -46,6 +47,7 @@ Batches = Sequence[Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="a data set, as load_data takes it")
+    parser.add_argument("--normalise", default="imagenet", help="as the weights were trained; see load_data")
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights")
     parser.add_argument("--times", type=float, nargs="*", default=[1.5, 2.11])
@@ -66,7 +68,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that are missing, each written as soon as it is there."""
-    data = sc.load_data(options.data)
+    data = sc.load_data(options.data, normalise=options.normalise)
     model = sc.build_model(f"secateur:{options.model}", classes=10, weights=options.weights).model.eval()
     groups = sc.find_groups(model, data.example())
     test = list(data.test.take(range(options.test)).batches(250, mean=data.mean, std=data.std))
@@ -119,6 +121,11 @@ def by_energy(model: nn.Module, groups: sc.Groups, images: Tensor, times: float)
     return sc.allocate(scores, sc.GlobalRanking(), budget=sc.Budget(macs=1 / times))
 
 
+def by_direction(model: nn.Module, groups: sc.Groups, images: Tensor, times: float) -> sc.Plan:
+    scores = sc.score(model, groups, sc.Direction(images.split(64)))
+    return lowest_first(scores.groups, scores.values, times)
+
+
 def by_surgeon(model: nn.Module, groups: sc.Groups, images: Tensor, times: float) -> sc.Plan:
     scores = sc.score(model, groups, sc.BrainSurgeon(images[:256].split(64), in_order=True, centred=True))
     return lowest_first(scores.groups, scores.values, times)
@@ -138,6 +145,7 @@ def by_outputs(model: nn.Module, groups: sc.Groups, images: Tensor, times: float
 
 
 CHOICES: dict[str, Callable[[nn.Module, sc.Groups, Tensor, float], sc.Plan]] = {
+    "direction": by_direction,
     "energy": by_energy,
     "surgeon": by_surgeon,
     "outputs": by_outputs,

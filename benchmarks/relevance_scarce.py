@@ -64,6 +64,7 @@ def criteria(images: Tensor, labels: Tensor, seed: int) -> dict[str, Callable[[n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="a data set, as load_data takes it")
+    parser.add_argument("--normalise", default="imagenet", help="as the weights were trained; see load_data")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--times", type=float, nargs="*", default=[1.3, 1.6, 2.1])
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="criteria that begin like this")
     options = parser.parse_args()
     begun = time.perf_counter()
-    data = sc.load_data(options.data)
+    data = sc.load_data(options.data, normalise=options.normalise)
     model = sc.build_model(f"secateur:{options.model}", classes=10, weights=options.weights).model.eval()
     groups = sc.find_groups(model, data.example())
     test = list(data.test.take(range(options.test)).batches(250, mean=data.mean, std=data.std))
