@@ -86,6 +86,8 @@ CUTTING: tuple[tuple[str, Any], ...] = (
     ("guide", "uniform"),
     ("criterion", "random"),
     ("p", 4.0),
+    ("recover", "statistics"),
+    ("recover", "least-squares"),
     ("budget", BudgetPart(macs=0.4)),
     ("limits", LimitsPart(keep=("0",))),
     ("limits", LimitsPart(least=20)),
@@ -119,7 +121,7 @@ ELSEWHERE = frozenset(
         *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
         *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep")),
         *((part, field) for part in (PenaltyPart, DistillPart) for field in part.model_fields),
-        *((Cut, field) for field in ("images", "scale")),
+        *((Cut, field) for field in ("images", "recover_images", "scale")),
     }
 )
 """What the tests further down change; a run's title and threads are in test_run.py, floors in test_floor_recipe.py."""
@@ -212,6 +214,12 @@ def test_criteria_that_look_at_images_see_as_many_as_are_asked_for(network, crit
     assert torch.equal(torch.stack(seen(20)), torch.stack(seen(20)))
     assert not torch.equal(torch.stack(seen(20)), torch.stack(seen(20, seed=1)))
     few, many = (left(network, TRAIN, Cut(sparsity=0.4, criterion=criterion, images=images)) for images in (1, 100))
+    assert not same(few, many)
+
+
+def test_recovery_sees_as_many_images_as_are_asked_for(network):
+    step = Cut(sparsity=0.4, recover="least-squares")
+    few, many = (left(network, TRAIN, changed(step, "recover_images", images)) for images in (16, 100))
     assert not same(few, many)
 
 

@@ -224,7 +224,8 @@ class Cut(Part):
     `scale` makes scores of different layers comparable, for guides that compare them. `p` is the order of "magnitude",
     also where "batch-norm" finds no batch norm; criteria that look at images see so many `images` of train: "taylor",
     "fisher" and "relevance" with labels; "activation", "energy", "direction", "reconstruction" and "brain-surgeon"
-    without.
+    without. `recover` gets accuracy back at once, without labels, on `recover_images` of train: batch norm's
+    "statistics" are estimated anew, or all layers are solved by "least-squares" (`recover.reconstruct`).
     """
 
     kind: Literal["cut"] = "cut"
@@ -235,6 +236,8 @@ class Cut(Part):
     scale: Scale = "none"
     p: Norm = 1.0
     images: Count = 256
+    recover: Literal["nothing", "statistics", "least-squares"] = "nothing"
+    recover_images: Count = 512
     limits: LimitsPart = Field(default_factory=LimitsPart)
 
     @model_validator(mode="after")
@@ -283,6 +286,8 @@ class Recipe(Part):
     scale = "none"
     p = 1.0
     images = 256
+    recover = "nothing"
+    recover_images = 512
     limits = {least = 1, multiple = 1, cap = 1.0, keep = [], tied = []}
     <BLANKLINE>
     """

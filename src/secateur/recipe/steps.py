@@ -23,6 +23,7 @@ from secateur.recipe.architecture import Architecture
 from secateur.recipe.criteria import scores_for
 from secateur.recipe.journal import Outcome
 from secateur.recipe.planning import how_much, plan_for, sparsity_for
+from secateur.recipe.recovery import recover
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
 from secateur.recover.history import EpochRow
@@ -216,7 +217,8 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
     certificate = certify(model, smaller, plan, example)
     if not certificate.ok:
         raise ProofError(certificate.sentence)
-    notes = (certificate.sentence, *(() if state.masks is None else (MASKS_END,)))
+    found = recover(step, model, smaller, plan, TrainImages(setting, step.recover_images))
+    notes = (certificate.sentence, *found, *(() if state.masks is None else (MASKS_END,)))
     outcome = Outcome(
         "cut",
         note=how_much(step),
