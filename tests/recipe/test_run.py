@@ -27,7 +27,7 @@ from torch import nn
 def make(classes):
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4),
-        nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, classes),
+        nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, classes),
     )
 """
 TRAIN = Train(stages=(StagePart(lr=0.1, epochs=2),))
@@ -56,13 +56,13 @@ def outputs(folder: Path) -> torch.Tensor:
 
 
 class Break:
-    """Ctrl-C, as the progress of the `epoch`-th epoch is told."""
+    """Ctrl-C, as something is told that begins like this, with so many epochs done."""
 
-    def __init__(self, done: int) -> None:
-        self.done = done
+    def __init__(self, done: int, text: str = "") -> None:
+        self.done, self.text = done, text
 
     def __call__(self, status: object) -> None:
-        if status.done == self.done and "validation" in status.text:
+        if status.done == self.done and (status.text.startswith(self.text) if self.text else "valid" in status.text):
             raise KeyboardInterrupt
 
 
@@ -171,11 +171,13 @@ def test_progress_moves_within_an_epoch(tmp_path, network):
     assert {status.total for status in told} == {4}
 
 
-@pytest.mark.parametrize("done", [1, 2, 3, 4])
-def test_a_run_broken_off_comes_out_the_same(tmp_path, network, done):
+@pytest.mark.parametrize(
+    "moment", [(0, "step 1"), (1,), (2,), (2, "step 2"), (2, "step 3"), (3,), (4,), (4, "writing the report")]
+)
+def test_a_run_broken_off_comes_out_the_same(tmp_path, network, moment):
     run(recipe(network), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(network), tmp_path / "broken", progress=Break(done))
+        run(recipe(network), tmp_path / "broken", progress=Break(*moment))
     with pytest.raises(RunError, match=r"holds no finished run; go on with: secateur resume"):
         read_record(tmp_path / "broken")
     told = []

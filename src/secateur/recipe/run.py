@@ -118,6 +118,8 @@ def _go(
             step = steps[number - 1]
             done = sum(_epochs(earlier) for earlier in steps[: number - 1])
             tell(f"step {number} of {len(steps)}: {step.kind}", done)
+            # What a step draws depends on its number alone: the steps before may have been taken by another process.
+            torch.manual_seed(setting.seed + number)
 
             def on_epoch(row: EpochRow, number: int = number, done: int = done) -> None:
                 append_line(folder / METRICS, metrics_line(number, asdict(row)))
