@@ -27,6 +27,7 @@ from secateur.surgery import drop as room
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
 from secateur.surgery.drop import certify_drop, drop_blocks
+from secateur.surgery.tier import tier_of
 
 
 def innermost(blocks: Blocks) -> tuple[str, ...]:
@@ -98,6 +99,7 @@ def test_the_model_is_as_it_was_and_the_copy_its_own():
     model, x = residual.CASES[0].make().train(), residual.CASES[0].inputs()
     before = copy.deepcopy(model.state_dict())
     smaller = drop_blocks(model, find_blocks(model, x), ["blocks.1"])
+    assert (tier_of(model), tier_of(smaller)) == ("a", "b")
     smaller(x).sum().backward()
     assert all(p.grad is not None for p in smaller.parameters())
     assert all(p.grad is None for p in model.parameters())

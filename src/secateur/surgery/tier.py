@@ -10,6 +10,7 @@ from secateur.codec.program import Program
 from secateur.errors import CaptureError
 from secateur.graph.attention import HeadwiseAttention
 from secateur.graph.capture import Trace, capture, steps
+from secateur.graph.passing import Passing
 from secateur.graph.replay import replay_of
 from secateur.graph.twin import duplicate
 
@@ -23,8 +24,8 @@ def tier_of(model: nn.Module, example_inputs: Any = None) -> Tier:
     """The tier of a cut model.
 
     "a": the user's class as it is, with other integers in its attributes and smaller tensors. "b": besides, hooks give
-    calls other sizes than Python computes (`graph.replay`), or attention modules are `HeadwiseAttention`. "c": a
-    program of ops, without any class (`export_program`).
+    calls other sizes than Python computes (`graph.replay`), attention modules are `HeadwiseAttention`, or a `Passing`
+    stands where a block was. "c": a program of ops, without any class (`export_program`).
 
     Args:
         model: untouched.
@@ -36,7 +37,7 @@ def tier_of(model: nn.Module, example_inputs: Any = None) -> Tier:
     """
     if isinstance(model, Program):
         return "c"
-    if any(isinstance(module, HeadwiseAttention) for module in model.modules()):
+    if any(isinstance(module, HeadwiseAttention | Passing) for module in model.modules()):
         return "b"
     if all(replay_of(module) is None for module in model.modules()):
         return "a"
