@@ -91,7 +91,13 @@ class OutOfTime(Exception):
 
 class Clock:
     def __init__(self, seconds: float) -> None:
-        self._end, self._longest, self._last = time.monotonic() + seconds, 0.0, time.monotonic()
+        self._start = self._last = time.monotonic()
+        self._end, self._longest = self._start + seconds, 0.0
+
+    def half(self) -> None:
+        """OutOfTime unless half of the time is left: for what cannot be broken off."""
+        if time.monotonic() - self._start > (self._end - self._start) / 2:
+            raise OutOfTime
 
     def check(self) -> None:
         """OutOfTime unless another stretch as long as the longest so far would fit."""
@@ -235,6 +241,7 @@ def size_of(model: nn.Module) -> dict[str, Any]:
 
 
 def cut16(bench: Bench) -> dict[str, Any]:
+    bench.clock.half()
     model = bench.kept("shape16", bench.shape())
     images = bench.unlabelled(64 if bench.options.smoke else 2048)
     groups = sc.find_groups(model, bench.data.example())
@@ -269,6 +276,7 @@ def recovered(bench: Bench, name: str, model: nn.Module, plan: sc.Plan, images: 
 
 
 def cut19(bench: Bench) -> dict[str, Any]:
+    bench.clock.half()
     model = bench.kept("dense19", bench.plain(19))
     images = bench.unlabelled(64 if bench.options.smoke else 2048)
     scores = sc.score(model, sc.find_groups(model, bench.data.example()), sc.Direction(images[:4]))
