@@ -48,8 +48,10 @@ if TYPE_CHECKING:
     from secateur.recover.distillation import Attention, Distillation, Features, teacher_logits
     from secateur.recover.history import History
     from secateur.recover.mixing import CutMix, Mixup, OneOf
+    from secateur.recover.moving import ACDC, Gradual, RigL
     from secateur.recover.penalties import L1, L2, GroupLasso, Growing, Slimming
     from secateur.recover.place import norms_and_head
+    from secateur.recover.prune import Pruned, prune_weights
     from secateur.recover.reconstruct import Solved, reconstruct
     from secateur.recover.statistics import reset_statistics
     from secateur.recover.train import Stage, fine_tune
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
     "L1",
     "L2",
     "Accuracy",
@@ -116,6 +119,7 @@ __all__ = [
     "Fisher",
     "Floor",
     "GlobalRanking",
+    "Gradual",
     "GroupLasso",
     "Groups",
     "Growing",
@@ -135,10 +139,12 @@ __all__ = [
     "OneOf",
     "Plan",
     "Program",
+    "Pruned",
     "Random",
     "Recipe",
     "Reconstruction",
     "Relevance",
+    "RigL",
     "RunRecord",
     "Scores",
     "Search",
@@ -195,6 +201,7 @@ __all__ = [
     "norms_and_head",
     "one_shot",
     "onnx_runtime",
+    "prune_weights",
     "read_recipe",
     "reconstruct",
     "reset_statistics",
@@ -248,8 +255,10 @@ _HOMES = MappingProxyType(
         "recover.distillation": ("Attention", "Distillation", "Features", "teacher_logits"),
         "recover.history": ("History",),
         "recover.mixing": ("CutMix", "Mixup", "OneOf"),
+        "recover.moving": ("ACDC", "Gradual", "RigL"),
         "recover.penalties": ("GroupLasso", "Growing", "L1", "L2", "Slimming"),
         "recover.place": ("norms_and_head",),
+        "recover.prune": ("Pruned", "prune_weights"),
         "recover.reconstruct": ("Solved", "reconstruct"),
         "recover.statistics": ("reset_statistics",),
         "recover.train": ("Stage", "fine_tune"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.errors import SecateurError
+from secateur.errors import RunError, SecateurError
 
 if TYPE_CHECKING:
     from secateur.recipe.run import Progress, Status
@@ -53,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["resume", "nowhere"])
     2
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:  # started by torchrun
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what it was asked for
+        from secateur.recipe.together import one_of_several
+
+        return one_of_several(partial(_main, arguments))
+    return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="secateur")
     except SecateurError as error:
@@ -110,6 +120,8 @@ def compress(
       --data parquet:cifar10 --normalise imagenet --sparsity 0.5 --epochs 3
 
       secateur compress recipes/digits_budget.toml --floor -1.0
+
+      torchrun --nproc-per-node 2 -m secateur compress recipes/report.toml
     """
     from secateur.recipe.options import recipe_from, run_folder
 
@@ -147,6 +159,8 @@ def bakeoff(
     from secateur.recipe.reading import read_recipe
     from secateur.report.standings import standings_tables
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("a bake-off trains one cell at a time in one process; start it without torchrun, or give --ray.")
     folder = out or Path(f"{run_folder(recipe, read_recipe(recipe))}-bakeoff")
     named = {"scales": tuple(scales.split(",")), "guides": tuple(guides.split(","))}
     field = Field(**named, seeds=seeds, **({"criteria": tuple(criteria.split(","))} if criteria else {}))

@@ -119,7 +119,7 @@ ELSEWHERE = frozenset(
         *((StagePart, field) for field in ("lr", "epochs")),
         *((Recipe, field) for field in ("seed", "device", "data", "model", "steps", "floor")),
         *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
-        *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep")),
+        *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep", "parallel")),
         *((part, field) for part in (PenaltyPart, DistillPart) for field in part.model_fields),
         *((Cut, field) for field in ("images", "recover_images", "scale")),
     }

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from secateur.recipe.reading import read_recipe
 from secateur.recipe.schema import Cut, Recipe, Train
 from secateur.recipe.steps import Setting, State, distils, prepare, take
 from secateur.recover.history import EpochRow
+from secateur.recover.parallel import first, started
 from secateur.report import numbers
 from secateur.report.ledger import CheckRow, LedgerRow, RunRecord
 from secateur.report.page import write_page
@@ -88,11 +90,20 @@ def _resume(folder: Path, progress: Progress | None) -> RunRecord:
     with process(recipe):
         setting, state = prepare(recipe)
         if entries:
-            first, last = _timed_steps(setting)[0], entries[-1].step
-            state = _saved_state(_step_folder(folder, last), setting)
-            if last >= first and distils(recipe):
-                state = replace(state, original=_saved_state(_step_folder(folder, first), setting).model)
+            state = _state_after(folder, entries[-1].step, setting)
         return _go(folder, setting, state, entries, progress)
+
+
+def take_part(folder: Path, number: int, setting: Setting) -> None:
+    """Trains with the process that has `folder`, in its training step `number`."""
+    state = _state_after(folder, number - 1, setting)
+    take(number, state, setting, checkpoint=_training(folder, number))
+
+
+def call(where: list[Any] | None) -> None:
+    """Calls the other processes, if there are any, to a training step of a run: its folder and number; None: home."""
+    if started() > 1:
+        first(where)
 
 
 def read_record(folder: str | Path) -> RunRecord:
@@ -126,10 +137,12 @@ def _go(
                 accuracy = numbers.percent(row.validation_accuracy)
                 tell(f"step {number} of {len(steps)}: validation {accuracy}", done + row.epoch)
 
-            training = folder / "checkpoints" / f"train-{number}"
+            if isinstance(step, Train):
+                call([str(folder.absolute()), number])
             state, outcome = take(
-                number, state, setting, checkpoint=training, on_epoch=on_epoch, on_step=tell.within_epoch
-            )
+                number, state, setting, checkpoint=_training(folder, number), on_epoch=on_epoch,
+                on_step=tell.within_epoch,
+            )  # fmt: skip
         seconds = time.perf_counter() - start if number else 0.0
         row = None if number == 0 and not setting.trained else _row(state, outcome, setting, seconds)
         _save_state(_step_folder(folder, number), state)
@@ -229,6 +242,7 @@ def _conditions(setting: Setting) -> tuple[tuple[str, str], ...]:
         ("seed", str(recipe.seed)),
         ("device", str(setting.device)),
         ("threads", str(torch.get_num_threads())),
+        *((("processes", str(started())),) if started() > 1 else ()),
         ("torch", torch.__version__),
         ("Python", platform.python_version()),
         ("machine", f"{platform.system()} {platform.machine()}"),
@@ -281,6 +295,19 @@ def _step_folder(folder: Path, number: int) -> Path:
     return folder / "checkpoints" / f"step-{number}"
 
 
+def _training(folder: Path, number: int) -> Path:
+    return folder / "checkpoints" / f"train-{number}"
+
+
+def _state_after(folder: Path, last: int, setting: Setting) -> State:
+    """The state that step `last` left."""
+    begins = _timed_steps(setting)[0]
+    state = _saved_state(_step_folder(folder, last), setting)
+    if last >= begins and distils(setting.recipe):
+        state = replace(state, original=_saved_state(_step_folder(folder, begins), setting).model)
+    return state
+
+
 def _save_state(folder: Path, state: State) -> None:
     save_model(folder, state.model, state.architecture)
     if state.masks is not None:
@@ -295,7 +322,7 @@ def _saved_state(folder: Path, setting: Setting) -> State:
 
 def _drop_checkpoints(folder: Path, number: int, setting: Setting) -> None:
     """Removes what the step before needed: the journal no longer points to it."""
-    shutil.rmtree(folder / "checkpoints" / f"train-{number}", ignore_errors=True)
+    shutil.rmtree(_training(folder, number), ignore_errors=True)
     if number - 1 not in _timed_steps(setting):
         shutil.rmtree(_step_folder(folder, number - 1), ignore_errors=True)
 

@@ -188,6 +188,7 @@ class Train(Part):
     channels_last: bool = False
     bf16: bool = False
     compile: bool = False
+    parallel: Literal["replicated", "sharded"] = "replicated"
 
     @property
     def epochs(self) -> int:

@@ -27,6 +27,7 @@ from secateur.recipe.recovery import recover
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
 from secateur.recover.history import EpochRow
+from secateur.recover.parallel import own_device
 from secateur.recover.train import fine_tune
 from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
@@ -156,13 +157,14 @@ def train(
         **options_of(step, state.model),
         **_penalty(step, number, state, setting),
         distill=None if step.distill is None else distillation_of(step.distill, state.original, table),
-        after_step=None if state.masks is None else state.masks.enforcer(state.model),
+        masks=state.masks,
         device=device,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
         on_step=None if on_step is None else lambda step, steps, loss: on_step(step / count),
         batches_per_epoch=count,
     )
+    state.model.to(device)  # a model in shares was left on the CPU
     earlier = setting.recipe.steps[: number - 1]
     dense = all(isinstance(before, Train) for before in earlier) and not setting.trained
     all_epochs = f"of {len(history.rows)} epochs"
@@ -275,7 +277,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=own_device(name)).device
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"this machine has no device {name!r} that torch can use; set device to 'cpu'.") from error
 

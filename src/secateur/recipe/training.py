@@ -33,7 +33,7 @@ def options_of(step: Train, model: nn.Module) -> dict[str, Any]:
     """
     names = ("schedule", "warmup", "rewind", "label_smoothing", "clip", "ema", "keep")
     return {
-        **{name: getattr(step, name) for name in (*names, "channels_last", "bf16", "compile")},
+        **{name: getattr(step, name) for name in (*names, "channels_last", "bf16", "compile", "parallel")},
         **_optimizer(step),
         "stages": [Stage(stage.lr, stage.epochs) for stage in step.stages],
         "mix": mix_of(step),

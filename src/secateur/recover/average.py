@@ -40,7 +40,10 @@ class Average:
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step number `step`."""
         share = 1 - min(self.decay, step / (step + 9))
-        torch._foreach_lerp_(list(self.tensors.values()), [held[name] for held, name in self._places], share)
+        pairs = [(average, held[name]) for average, (held, name) in zip(self.tensors.values(), self._places)]
+        for kind in {type(average) for average, _ in pairs}:  # of parted weights, torch takes none with whole ones
+            averages, now = zip(*(pair for pair in pairs if type(pair[0]) is kind))
+            torch._foreach_lerp_(averages, now, share)
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the average from a checkpoint."""

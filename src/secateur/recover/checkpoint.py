@@ -2,10 +2,10 @@
 
 A checkpoint is one safetensors file, without pickle. Its tensors are the model's (`model/...`), those of the
 best epoch where they are others (`best/...`), the optimizer's (`optimizer/...`), the averaged weights
-(`average/...`) and the states of torch's generators (`random/...`). Its metadata are the history, the settings
-and the optimizer's plain values as JSON, and a SHA-256 over all of this. The folder holds two generations: the
-newer takes its place by renaming once it is whole, and one that got damaged all the same is passed over for the
-older, with a note in the history.
+(`average/...`), which weights stay (`masks/...`) and the states of torch's generators (`random/...`). Its metadata
+are the history, the settings and the optimizer's plain values as JSON, and a SHA-256 over all of this. The folder
+holds two generations: the newer takes its place by renaming once it is whole, and one that got damaged all the same
+is passed over for the older, with a note in the history.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Checkpoint:
         random: the states of torch's generators, uint8, by device type.
         average: the averaged weights by name, if there are any.
         values: what of the optimizer's state and options are plain values, as JSON values.
+        masks: which weights stay by name, if some are held at zero.
     """
 
     settings: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Checkpoint:
     random: Mapping[str, Tensor]
     average: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -78,7 +80,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     except OSError as error:
         what = f"could not make the folder {folder} for checkpoints: {(error.strerror or str(error)).lower()}"
         raise RunError(f"{what}; choose another.") from error
-    parts = {name: getattr(checkpoint, name) for name in ("model", "optimizer", "random", "average")}
+    parts = {name: getattr(checkpoint, name) for name in ("model", "optimizer", "random", "average", "masks")}
     if checkpoint.history.best_epoch != len(checkpoint.history.rows) or checkpoint.average:
         parts["best"] = checkpoint.best
     tensors = {
@@ -227,7 +229,8 @@ def _read(path: Path) -> Checkpoint:
     found = _digest(tensors, {key: text for key, text in metadata.items() if key != "sha256"})
     if metadata.get("sha256") != found:
         raise RunError(f"{path} is damaged: its content does not have the checksum that was written with it.")
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}, "average": {}}
+    names = ("model", "best", "optimizer", "random", "average", "masks")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         if part not in parts:
@@ -243,6 +246,7 @@ def _read(path: Path) -> Checkpoint:
         random=parts["random"],
         average=parts["average"],
         values=json.loads(metadata.get("values", "{}")),
+        masks=parts["masks"],
     )
 
 

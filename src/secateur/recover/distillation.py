@@ -269,7 +269,7 @@ class Lesson:
 
         def watching(name: str) -> Callable[..., None]:
             def watch(module: nn.Module, args: Any, output: Any) -> None:
-                seen[name] = output
+                seen[name] = self.place.together.whole(output)
 
             return watch
 

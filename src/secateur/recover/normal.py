@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUMBERS = 1 << 22
+"""In the matrices that are solved at once, if each row has one of its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -67,7 +70,7 @@ class Together:
         self.mean, self.target = self.mean + moved * (count / total), self.target + turned * (count / total)
         self.count = total
 
-    def solve(self, start: Affine, ridge: float, free: bool) -> Affine:
+    def solve(self, start: Affine, ridge: float, free: bool, stays: Tensor | None = None) -> Affine:
         """The map that is best on the rows, drawn towards `start`.
 
         It minimises E |t - W x - b|^2 + ridge * mean(diag C) * |W - W_start|^2, C being the second moments of x: about
@@ -76,16 +79,28 @@ class Together:
             W = W_start + (D - W_start C) (C + ridge * mean(diag C) I)^-1
 
         and no ridge makes the error larger than that of `start`. Without a ridge it is the solution of least change.
+
+        Args:
+            start: what to begin from; zero where weights do not stay.
+            ridge: see above.
+            free: whether b may change.
+            stays: which weights do, (groups, outputs, inputs); None for all. The others are held at zero: each output's
+                row is solved by itself, with the rows and columns of D and C that belong to its own weights.
         """
         offset = start.offset - self.target
-        inputs, crossed = self.inputs / self.count, self.crossed / self.count
+        inputs, crossed = self.moments(free), self.crossed / self.count
         if not free:
-            inputs = inputs + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
             crossed = crossed - offset.unsqueeze(2) * self.mean.unsqueeze(1)
         left = crossed - start.weight @ inputs
-        change = _divided(left, inputs, ridge)
+        raised = ridge * inputs.diagonal(dim1=1, dim2=2).mean(1)
+        change = _divided(left, inputs, raised) if stays is None else _by_rows(left, inputs, raised, stays)
         weight = start.weight + change
         return Affine(weight, self.target - _times(weight, self.mean) if free else start.offset)
+
+    def moments(self, free: bool) -> Tensor:
+        """The second moments of the inputs, (groups, inputs, inputs): about the mean, where an offset is `free`."""
+        inputs = self.inputs / self.count
+        return inputs if free else inputs + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
 
     def error(self, of: Affine) -> float:
         """The mean square of t - W x - b, summed over targets."""
@@ -104,7 +119,13 @@ class Together:
         return float(self.squares.sum()) / self.count
 
 
-def best_ridge(halves: tuple[Together, Together], start: Affine, ridges: Sequence[float], free: bool) -> float:
+def best_ridge(
+    halves: tuple[Together, Together],
+    start: Affine,
+    ridges: Sequence[float],
+    free: bool,
+    stays: Tensor | None = None,
+) -> float:
     """The ridge with which what is solved on one half of the images has the least error on the other, both ways.
 
     Hastie, Tibshirani and Friedman 2009, "The Elements of Statistical Learning", section 7.10, with two folds. Of equal
@@ -115,7 +136,7 @@ def best_ridge(halves: tuple[Together, Together], start: Affine, ridges: Sequenc
     one, other = halves
 
     def error(ridge: float) -> float:
-        found = [half.solve(start, ridge, free) for half in halves]
+        found = [half.solve(start, ridge, free, stays) for half in halves]
         return other.error(found[0]) * other.count + one.error(found[1]) * one.count
 
     return min(sorted(ridges, reverse=True), key=error)
@@ -125,11 +146,10 @@ def _times(weight: Tensor, mean: Tensor) -> Tensor:
     return (weight @ mean.unsqueeze(2)).squeeze(2)
 
 
-def _divided(left: Tensor, inputs: Tensor, ridge: float) -> Tensor:
-    """left (inputs + ridge I)^-1, the ridge being a share of the mean of the diagonal."""
-    if ridge > 0:
-        mean = inputs.diagonal(dim1=1, dim2=2).mean(1)
-        raised = inputs + torch.diag_embed((ridge * mean).clamp(min=1e-300).unsqueeze(1).expand(inputs.shape[:2]))
+def _divided(left: Tensor, inputs: Tensor, ridge: Tensor) -> Tensor:
+    """left (inputs + ridge I)^-1, with a ridge for each matrix."""
+    if (ridge > 0).any():
+        raised = inputs + torch.diag_embed(ridge.clamp(min=1e-300).unsqueeze(1).expand(inputs.shape[:2]))
         factor, failed = torch.linalg.cholesky_ex(raised)
         if not failed.any():
             solved: Tensor = torch.cholesky_solve(left.mT, factor).mT
@@ -137,3 +157,22 @@ def _divided(left: Tensor, inputs: Tensor, ridge: float) -> Tensor:
         inputs = raised
     inverse: Tensor = torch.linalg.pinv(inputs, hermitian=True, rtol=1e-12)
     return left @ inverse
+
+
+def _by_rows(left: Tensor, inputs: Tensor, ridge: Tensor, stays: Tensor) -> Tensor:
+    """The same for each row with the columns that stay alone, zero elsewhere: (groups, outputs, inputs)."""
+    groups, rows, _ = stays.shape
+    most = int(stays.sum(2).max())
+    out = torch.zeros_like(left).flatten(0, 1)
+    # Those that stay first; a row that has fewer is filled up with columns that are then apart from all others.
+    order = stays.flatten(0, 1).int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    own = stays.flatten(0, 1).gather(1, order)
+    group = torch.arange(groups).repeat_interleave(rows)
+    for at in torch.arange(groups * rows).split(max(1, NUMBERS // max(1, most * most))):
+        columns, real, of = order[at], own[at], group[at]
+        block = inputs[of[:, None, None], columns[:, :, None], columns[:, None, :]]
+        block = block.masked_fill(~(real[:, :, None] & real[:, None, :]), 0)
+        block.diagonal(dim1=1, dim2=2).masked_fill_(~real, 1.0)
+        wanted = left.flatten(0, 1)[at].gather(1, columns).masked_fill(~real, 0)
+        out[at] = out[at].scatter(1, columns, _divided(wanted.unsqueeze(1), block, ridge[of]).squeeze(1) * real)
+    return out.view_as(left)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import TrainingError
+from secateur.recover.parallel import Alone
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Place:
         channels_last: images and weights of convolutions in that memory format.
         bf16: forward passes under `torch.autocast` in bfloat16; weights, gradients and losses stay as they are.
         compile: forward passes by way of `torch.compile`.
+        together: the processes that train, of which this one runs its slice of each batch.
 
     Raises:
         TrainingError: torch cannot put a tensor there.
@@ -34,6 +36,7 @@ class Place:
     channels_last: bool = False
     bf16: bool = False
     compile: bool = False
+    together: Alone = field(default_factory=Alone)
 
     def __post_init__(self) -> None:
         try:
@@ -58,16 +61,16 @@ class Place:
         return images
 
     def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        """The model's forward pass in this precision."""
+        """The model's forward pass in this precision, of a batch of which each process runs its slice."""
         forward = torch.compile(model) if self.compile else model
         if not self.bf16:
-            return forward
+            return self.together.runner(forward)
 
         def run(images: Tensor) -> Any:
             with torch.autocast(self.on.type, torch.bfloat16):
                 return forward(images)
 
-        return run
+        return self.together.runner(run)
 
     def move(self, model: nn.Module) -> nn.Module:
         """The model, in place, on the device and in the memory format."""
@@ -79,7 +82,7 @@ class Place:
         """The model there, and its parameters but `only` frozen; modes, format and what was frozen come back after."""
         modes = [(module, module.training) for module in model.modules()]
         idle = [p for name, p in model.named_parameters() if p.requires_grad and only is not None and not only(name)]
-        self.move(model)
+        model.cpu() if self.together.shards else self.move(model)
         for parameter in idle:
             parameter.requires_grad_(False)
         try:

@@ -87,6 +87,11 @@ class Settings:
         """The epochs of the run."""
         return self.all_epochs if self.rewind is None else self.rewind
 
+    @property
+    def steps(self) -> int | None:
+        """The optimizer steps of the run, if they are known beforehand."""
+        return None if self.batches_per_epoch is None else self.epochs * self.batches_per_epoch
+
     def lr(self, epoch: int, step: int) -> float:
         """The learning rate of a step of an epoch of the run, both counted from 0."""
         return learning_rate(
@@ -100,7 +105,7 @@ class Settings:
 
 
 def described(value: object) -> Any:
-    """A setting as JSON values: records by their fields, plans, groups and modules by a hash, functions by name.
+    """A setting as JSON values: records by their fields; plans, groups, modules, bytes by a hash; functions by name.
 
     >>> described(Stage(0.1, 2)), described(sum), described((1, None))
     ({'Stage': {'lr': 0.1, 'epochs': 2}}, 'builtins.sum', [1, None])
@@ -111,6 +116,8 @@ def described(value: object) -> Any:
         return value.hash
     if isinstance(value, Groups):
         return hashlib.sha256(json.dumps(value.to_json(), sort_keys=True).encode()).hexdigest()
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, nn.Module | torch.Tensor):
         return _fingerprint(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ from secateur.errors import TrainingError
 from secateur.recover.checkpoint import set_model_state
 from secateur.recover.distillation import Distillation, Lesson
 from secateur.recover.history import EpochRow, History
+from secateur.recover.keeping import Keeping
 from secateur.recover.loop import Batches, Loop
 from secateur.recover.mixing import Mix
+from secateur.recover.moving import Moving
 from secateur.recover.objective import Objective, strength_at
 from secateur.recover.optimizers import Make, Rates, optimizer_for, options_of, sgd, trained_by
+from secateur.recover.parallel import Parallel, own_device
 from secateur.recover.penalties import Penalty, Shrinks, Strength
 from secateur.recover.place import Place
 from secateur.recover.schedule import Schedule, Stage
 from secateur.recover.settings import Keep, Settings, described
+from secateur.recover.sharded import processes
+from secateur.surgery.masks import Masks
 
 __all__ = ["Stage", "fine_tune"]
 
@@ -56,12 +61,14 @@ def fine_tune(
     clip: float | None = None,
     ema: float | None = None,
     only: Callable[[str], bool] | None = None,
+    masks: Masks | Moving | None = None,
     keep: Keep = "best",
     after_step: Callable[[], None] | None = None,
     device: str | torch.device = "cpu",
     channels_last: bool = False,
     bf16: bool = False,
     compile: bool = False,
+    parallel: Parallel = "replicated",
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochRow], None] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -106,18 +113,27 @@ def fine_tune(
             never the others, that are validated, chosen from and left in the model; a weight that a proximal step has
             set to zero on the way is not zero in the average.
         only: train only the parameters of whose names this is true, such as `norms_and_head(model)`.
+        masks: weights that are exactly zero from the first step on, and after each: `Masks` of any pattern, or masks
+            that move, `Gradual`, `ACDC` or `RigL`. They are zero in the average of `ema` too, and gather no momentum
+            (`recover.keeping`). While masks move, each epoch is the best so far; so the best one ends with the last
+            masks, if any does.
         keep: "best", or "last" for the last epoch in the best one's place: to make weights small before a cut, for the
             best on validation may be the first, before any are.
-        after_step: called after each optimizer step, as to set masked weights, which momentum moves, to zero.
+        after_step: called after each optimizer step, before masked weights are set to zero.
         channels_last: train in that memory format; the weights are in the usual one afterwards.
         bf16, compile: run under autocast in bfloat16; by way of `torch.compile`.
+        parallel: what each process holds of the model where `torchrun` started several: all of it, or a share
+            ("sharded", for what fits no single GPU; then the model is left on the CPU, and as it came after an error).
+            Every process has to make the same call. Each takes its slice of the same batches, so that the result is
+            that of one process up to rounding; the first process alone writes and calls `on_epoch` and `on_step`.
         checkpoint: a folder, made if missing; written after each epoch.
         on_epoch: called with each new row once its checkpoint is written.
         on_step: called with the step of the epoch and of the whole run, both from 1, and the epoch's mean
             training loss as last read (on the CPU after each step, elsewhere after every 32).
-        batches_per_epoch: needed by "one-cycle", "cosine" and `warmup`; checked wherever it is given.
+        batches_per_epoch: needed by "one-cycle", "cosine", `warmup` and masks that move; checked wherever it is given.
 
     Raises:
+        PlanError: the masks are another model's.
         TrainingError: a loss that is not finite, labels that do not fit the outputs, no batches, settings out
             of range, or a checkpoint of another run. Checkpoints are kept.
         UnknownName: no such schedule, or no such layer to match.
@@ -154,27 +170,37 @@ def fine_tune(
     if proximal and not isinstance(penalty, Shrinks):
         raise TrainingError("a proximal step needs a penalty with shrink_, such as GroupLasso; give one.")
     given = optimizer or sgd(momentum, weight_decay, nesterov)
-    place = Place(device, channels_last, bf16, compile)
+    whole = {"penalty": penalty, "masks": masks, "after_step": after_step, "compile": compile}
+    made_before = isinstance(given, Optimizer)
+    place = Place(own_device(device), channels_last, bf16, compile)
+    together = processes(parallel, place.on, {**whole, "an optimizer that was made before": made_before})
+    place = replace(place, together=together)
+    found = model
     with contextlib.ExitStack() as stack:
         stack.enter_context(place.prepared(model, trained_by(given, model, only)))
+        model = stack.enter_context(together.student(found))
         made = optimizer_for(given, model)
         stack.enter_context(Rates.of(made).kept())
         lesson = None if distill is None else Lesson(distill, model, place)
         if lesson is not None:
             stack.enter_context(lesson.given())
         objective = Objective(model, label_smoothing, lesson, None if proximal else penalty, strength)
-        asked = {"mix": mix, "distillation": distill, "penalty": penalty, "strength": strength}
+        asked = {"mix": mix, "distillation": distill, "penalty": penalty, "strength": strength, "masks": masks}
         identity = {} if checkpoint is None else {**_identity(settings, model, made), **described(asked)}
         loop = Loop(model, settings, identity, place, made, objective, mix, (), on_step, checkpoint)
+        loop.keeping = None if masks is None else Keeping(masks, model, made, settings.steps)
         loop.after_step = _after_step(loop, penalty if proximal else None, strength, after_step)
         try:
             loop.go_on()
             for epoch in range(len(loop.history.rows), settings.epochs):
                 row = loop.epoch(epoch, train, validation)
-                if on_epoch is not None:
+                if on_epoch is not None and together.writes:
                     on_epoch(row)
+            if together.shards:
+                set_model_state(found, together.full(loop.best, everywhere=True))
         finally:
-            set_model_state(model, loop.best)
+            if not together.shards:
+                set_model_state(found, loop.best)
     return loop.history
 
 
