@@ -67,8 +67,8 @@ def prune_weights(
         amount: the share of all weights that go, in [0, 1): of each layer as many as one limit takes for the prices of
             all layers in the whole model, as shares of what their outputs vary; or masks, of which only the number of
             weights in each tensor counts, as `find_masks(model, 0.9)` for as many as magnitude would take, which was no
-            worse for ResNet-20 on CIFAR-10 (held-out images); or (n, m): n of every m weights in a row along the inputs stay
-            (see `find_pattern`).
+            worse for ResNet-20 on CIFAR-10 (held-out images); or (n, m): n of every m weights in a row along the
+            inputs stay (see `find_pattern`).
         batches: model inputs, as `reconstruct` takes them. No labels.
         names: which tensors, as `find_masks` takes them; all if left out, and those of the masks where these are given.
         damping: of the choice, as a share of the mean of H's diagonal; above 0.
