@@ -185,6 +185,16 @@ def test_a_table_of_logits_teaches_as_the_teacher_does() -> None:
             one_epoch(student, distill=Distillation(table), **changes)
 
 
+def test_units_that_give_nothing_in_the_teacher_are_no_features() -> None:
+    teacher = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    plan = Plan(sc.find_groups(teacher, torch.zeros(1, 4)), keep=((0, 2),))
+    student = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    loss = Features(plan).loss("0", student, torch.tensor([[0.0, 9.0, 0.0]]))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros(1, 2))
+
+
 def test_bf16_and_channels_last_reach_the_teacher_and_its_features() -> None:
     teacher, student, plan = cut()
     dtypes: list[tuple[torch.dtype, bool]] = []

@@ -73,6 +73,10 @@ class Distillation:
         return functional.kl_div(logs, targets, reduction="batchmean", log_target=True) * self.temperature**2
 
 
+NOTHING = 1e-12
+"""A mean square no larger than this is that of a layer that gives nothing."""
+
+
 @dataclass(frozen=True)
 class Features:
     """What layers give, unit by unit: the mean square of student - teacher, as a share of the teacher's mean square.
@@ -143,7 +147,9 @@ class Features:
             )
         if axes:
             teacher = teacher.index_select(axes[0], self._indices(self._sources[layer], teacher.device))
-        return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
+        whole = teacher.square().mean()
+        # There is no share of nothing: divided by rounding errors, this one layer would be all of the loss.
+        return (student - teacher).square().mean() / whole.clamp(min=NOTHING) * (whole > NOTHING)
 
 
 @dataclass(frozen=True)
