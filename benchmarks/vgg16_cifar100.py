@@ -180,7 +180,7 @@ class Bench:
             return {16: vgg_cifar.vgg16_bn, 19: vgg_cifar.vgg19_bn}[depth](100)
         stages = {16: vgg_cifar.VGG16, 19: vgg_cifar.VGG19}[depth]
         narrow = tuple(tuple(width // 16 for width in widths) for widths in stages)
-        return vgg_cifar.VGG(vgg_cifar._features(3, narrow), nn.Linear(32, 100))
+        return vgg_cifar.VGG(vgg_cifar.features(3, narrow), nn.Linear(32, 100))
 
     def shape(self) -> nn.Module:
         """torchvision's VGG16, without values of its own in the convolutions."""

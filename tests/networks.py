@@ -36,6 +36,18 @@ class Chain(nn.Sequential):
         )  # fmt: skip
 
 
+class Winding(nn.Module):
+    """Its path depends on the values: what has to run the same ops on all batches refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.relu(y) if x[0, 0] > 0 else torch.tanh(y))
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _main(arguments)
 
 
+def _several() -> bool:
+    """Whether torchrun has started several processes; asked here without `recover.parallel`, which imports torch."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _main(arguments: Sequence[str] | None) -> int:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="secateur")
@@ -159,7 +164,7 @@ def bakeoff(
     from secateur.recipe.reading import read_recipe
     from secateur.report.standings import standings_tables
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _several():
         raise RunError("a bake-off trains one cell at a time in one process; start it without torchrun, or give --ray.")
     folder = out or Path(f"{run_folder(recipe, read_recipe(recipe))}-bakeoff")
     named = {"scales": tuple(scales.split(",")), "guides": tuple(guides.split(","))}

@@ -312,16 +312,4 @@ def test_what_is_wrong_is_said() -> None:
     with pytest.raises(DataError, match="not finite"):
         prune_weights(model, 0.5, [x, x * float("nan")])
     with pytest.raises(CaptureError, match="path"):
-        prune_weights(Winding().double(), 0.5, [torch.ones(4, 3).double(), -torch.ones(4, 3).double()])
-
-
-class Winding(nn.Module):
-    """Its path depends on the values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        return self.b(torch.relu(y) if x[0, 0] > 0 else torch.tanh(y))
+        prune_weights(networks.Winding().double(), 0.5, [torch.ones(4, 3).double(), -torch.ones(4, 3).double()])

@@ -246,20 +246,8 @@ def test_what_is_wrong_is_said_and_nothing_is_changed() -> None:
     assert threading.active_count() == threads
 
 
-class Winding(nn.Module):
-    """Its path depends on the values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        return self.b(torch.relu(y) if x[0, 0] > 0 else torch.tanh(y))
-
-
 def test_a_model_whose_path_depends_on_values_is_refused() -> None:
-    model, x = Winding().double(), torch.ones(4, 3, dtype=torch.float64)
+    model, x = networks.Winding().double(), torch.ones(4, 3, dtype=torch.float64)
     plan = first_half(sc.find_groups(model, x))
     smaller = sc.apply(model, plan)
     before = state(smaller)

@@ -30,7 +30,7 @@ class VGG(nn.Module):
         return logits
 
 
-def _features(channels: int, stages: tuple[tuple[int, ...], ...]) -> nn.Sequential:
+def features(channels: int, stages: tuple[tuple[int, ...], ...]) -> nn.Sequential:
     """3 x 3 convolution, batch norm and ReLU for each width, and a pooling that halves the image after each stage."""
     layers: list[nn.Module] = []
     for widths in stages:
@@ -48,7 +48,7 @@ def vgg16_bn(classes: int = 10) -> VGG:
     >>> sum(p.numel() for p in vgg16_bn(100).parameters())
     14770212
     """
-    return VGG(_features(3, VGG16), nn.Linear(512, classes))
+    return VGG(features(3, VGG16), nn.Linear(512, classes))
 
 
 def vgg19_bn(classes: int = 10) -> VGG:
@@ -57,7 +57,7 @@ def vgg19_bn(classes: int = 10) -> VGG:
     >>> sum(p.numel() for p in vgg19_bn(100).parameters())
     20081188
     """
-    return VGG(_features(3, VGG19), nn.Linear(512, classes))
+    return VGG(features(3, VGG19), nn.Linear(512, classes))
 
 
 def digits_vgg(classes: int = 10) -> VGG:
@@ -75,4 +75,4 @@ def digits_vgg(classes: int = 10) -> VGG:
         nn.Dropout(),
         nn.Linear(512, classes),
     )
-    return VGG(_features(1, ((64, 64), (128, 128))), classifier)
+    return VGG(features(1, ((64, 64), (128, 128))), classifier)
