@@ -104,6 +104,13 @@ def test_budgets_and_limits_are_read():
     assert cut.limits == LimitsPart(least={"*": 8, "head*": 2}, tied=("a*", ("b", "c")))
 
 
+def test_a_mistake_in_the_only_step_is_one_mistake():
+    head = TEXT[: TEXT.index("[[steps]]")]
+    with pytest.raises(RecipeError, match=r"unknown criterion 'magnitud'") as caught:
+        parse(head + '[[steps]]\nkind = "cut"\nsparsity = 0.5\ncriterion = "magnitud"\n')
+    assert "more problem" not in str(caught.value)
+
+
 def test_more_mistakes_are_counted():
     wrong = TEXT.replace("sparsity = 0.8", "sparsity = 2").replace("lr = 0.1", "lr = 0")
     with pytest.raises(RecipeError, match=re.escape("(1 more problem after this one.)")):

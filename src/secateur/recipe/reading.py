@@ -169,7 +169,10 @@ def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
 def _sentence(error: ValidationError, text: str, name: str) -> str:
     """The most telling of pydantic's findings as a sentence, and how many more there are."""
     # A misspelt key is both unknown and missing; that it is unknown says more.
-    findings = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    all_findings = error.errors(include_url=False)
+    # A list whose one item is wrong is also found too short.
+    inner = [found for found in all_findings if found["type"] != "too_short"] or all_findings
+    findings = sorted(inner, key=lambda found: found["type"] != "extra_forbidden")
     found, more = findings[0], len(findings) - 1
     path = tuple(found["loc"])
     kind = str(path[2]) if len(path) > 2 and path[0] == "steps" else None
