@@ -104,7 +104,8 @@ def compress(
     epochs: Annotated[int | None, typer.Option(help="Epochs of the last training step.")] = None,
     normalise: Normalise = None,
     budget: Annotated[
-        list[str] | None, typer.Option(help="What may be left, at most: macs=0.5, params=0.6, bytes=100000; repeat it.")
+        list[str] | None,
+        typer.Option(help="What may be left, at most: macs=0.5, params=0.6, bytes=100000; repeat it. Or latency=0.7."),
     ] = None,
     floor: Annotated[
         float | None,

@@ -121,10 +121,12 @@ ELSEWHERE = frozenset(
         *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
         *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep", "parallel")),
         *((part, field) for part in (PenaltyPart, DistillPart) for field in part.model_fields),
-        *((Cut, field) for field in ("images", "recover_images", "scale")),
+        *((Cut, field) for field in ("images", "recover_images", "scale", "runtime", "table")),
+        (BudgetPart, "latency"),
     }
 )
-"""What the tests further down change; a run's title and threads are in test_run.py, floors in test_floor_recipe.py."""
+"""What the tests further down change; a run's title and threads are in test_run.py, floors in test_floor_recipe.py,
+latencies in test_latency_recipe.py."""
 
 
 @pytest.fixture

@@ -339,7 +339,7 @@ def _conditions(
         runtime=_name(runtimes[0]),
         layers=_name(runtimes[1]),
         device=str(device),
-        machine=_machine(device),
+        machine=machine_name(device),
         threads=torch.get_num_threads(),
         batch=batch_size(inputs),
         dtype=str(dtype).removeprefix("torch."),
@@ -349,7 +349,8 @@ def _conditions(
     )
 
 
-def _machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
+    """What the device is, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -5,6 +5,7 @@ The folder of such a run holds, besides what every run folder does, which is tha
     start/       the run of the steps before the cut, if there are any
     trials/      a run folder for each size, named by the share that was left
     trials.jsonl what was tried
+    latency.json the times of the layers, if the size is the latency
 
 Sizes are chosen by accuracy on the validation images; the test images are only reported.
 """
@@ -43,7 +44,7 @@ from secateur.report.ledger import RunRecord, TrialRow
 from secateur.report.page import write_page
 from secateur.search.floor import Search, Trial, find_floor
 
-TRIALS = "trials"
+TRIALS, TIMES = "trials", "latency.json"
 KEPT = ("model", "plots", "metrics.jsonl")
 
 
@@ -77,6 +78,8 @@ def _search(recipe: Recipe, folder: Path, progress: Progress | None) -> RunRecor
     with process(rest):
         setting, state = prepare(rest)
         whole = _validation(state.model, setting)
+        if floor.measure == "latency":
+            rest = rest.with_table(str((folder / TIMES).absolute()))
 
         def attempt(share: float) -> float:
             made = folder / TRIALS / _name(share)
@@ -124,7 +127,7 @@ def _finish(recipe: Recipe, folder: Path, found: Search, best: Trial) -> RunReco
     record = read_record(chosen)
     rows = (
         TrialRow(
-            f"{numbers.percent(trial.share)} of the {WORDS[floor.measure]}",
+            f"{numbers.percent(trial.share)} of the {WORDS.get(floor.measure, floor.measure)}",
             trial.accuracy,
             trial.seconds,
             "chosen" if trial is best else _verdict(trial, found.floor),

@@ -6,22 +6,27 @@ from torch import nn
 
 from secateur.allocate.budget import WORDS, Budget
 from secateur.allocate.knapsack import Knapsack
+from secateur.allocate.latency_knapsack import LatencyKnapsack
 from secateur.allocate.limits import Limits
 from secateur.allocate.plan import Plan, Strategy, allocate
 from secateur.allocate.ranking import GlobalRanking
 from secateur.allocate.sparsity_guided import SparsityGuided
 from secateur.allocate.uniform import Uniform
 from secateur.measure.sparsity import SparsityTable
+from secateur.measure.table import LatencyTable
 from secateur.recipe.schema import Cut
 from secateur.report import numbers
 from secateur.score.scoring import Scores
 from secateur.surgery.masks import find_masks
 
 
-def plan_for(step: Cut, model: nn.Module, scores: Scores) -> Plan:
-    """Which channels a cut step takes."""
-    budget = None if step.budget is None else Budget(**step.budget.model_dump())
-    return allocate(scores, strategy_of(step, model), budget=budget, limits=Limits(**step.limits.model_dump()))
+def plan_for(step: Cut, model: nn.Module, scores: Scores, table: LatencyTable | None = None) -> Plan:
+    """Which channels a cut step takes; by the table where its budget is for latency."""
+    limits = Limits(**step.limits.model_dump())
+    if table is not None:
+        return allocate(scores, LatencyKnapsack(table, share=step.latency), limits=limits)
+    budget = None if step.budget is None else Budget(**step.budget.model_dump(exclude={"latency"}))
+    return allocate(scores, strategy_of(step, model), budget=budget, limits=limits)
 
 
 def strategy_of(step: Cut, model: nn.Module) -> Strategy:
@@ -52,7 +57,7 @@ def how_much(step: Cut) -> str:
     said = [] if step.sparsity is None else [numbers.share(step.sparsity)]
     if step.budget is not None:
         left = step.budget.model_dump(exclude_none=True).items()
-        said.append("to " + " and ".join(f"{_amount(value)} {WORDS[name]}" for name, value in left))
+        said.append("to " + " and ".join(f"{_amount(value)} {WORDS.get(name, name)}" for name, value in left))
     if step.guide == "uniform":
         return f"{said[0]} of each layer" if step.budget is None else f"{said[0]}, the same share of each layer"
     return f"{', '.join(said)}, {'guided by' if step.guide == 'sparsity' else 'by'} {step.guide}"

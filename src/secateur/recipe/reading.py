@@ -143,6 +143,10 @@ def anchored(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "data": data.model_copy(update={"source": source, "folder": absolute(data.folder)}),
             "model": model.model_copy(update={"source": network, "weights": absolute(model.weights)}),
+            "steps": tuple(
+                step.model_copy(update={"table": absolute(step.table)}) if isinstance(step, Cut) else step
+                for step in recipe.steps
+            ),
         }
     )
 

@@ -140,8 +140,8 @@ def _go(
             if isinstance(step, Train):
                 call([str(folder.absolute()), number])
             state, outcome = take(
-                number, state, setting, checkpoint=_training(folder, number), on_epoch=on_epoch,
-                on_step=tell.within_epoch,
+                number, state, setting, checkpoint=_training(folder, number),
+                table=folder / f"latency-{number}.json", on_epoch=on_epoch, on_step=tell.within_epoch,
             )  # fmt: skip
         seconds = time.perf_counter() - start if number else 0.0
         row = None if number == 0 and not setting.trained else _row(state, outcome, setting, seconds)

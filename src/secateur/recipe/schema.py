@@ -22,6 +22,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Augmentation = Literal["crop", "flip"]
 Guide = Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"]
 Scale = Literal["none", "mean", "max", "gaussian", "lamp"]
+Runtime = Literal["eager", "compiled", "onnx"]
 Criterion = Literal[
     "magnitude", "random", "median", "batch-norm", "taylor", "fisher", "relevance", "activation", "energy",
     "direction", "reconstruction", "brain-surgeon",
@@ -59,17 +60,21 @@ def _tuples(value: Any) -> Any:
 
 
 class BudgetPart(Part):
-    """What may be left, at most: shares of the whole or counts (`allocate.budget.Budget`)."""
+    """What may be left, at most: shares of the whole or counts (`allocate.budget.Budget`); of latency a share."""
 
     params: Annotated[int | float | None, _as_in(Budget)] = None
     macs: Annotated[int | float | None, _as_in(Budget)] = None
     bytes: Annotated[int | float | None, _as_in(Budget)] = None
     units: Annotated[int | float | None, _as_in(Budget)] = None
+    latency: Annotated[float | None, Field(gt=0, le=1)] = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if not self.model_dump(exclude_none=True):
-            raise ValueError("the budget is empty; say what may be left of params, macs, bytes or units.")
+        asked = self.model_dump(exclude_none=True)
+        if not asked:
+            raise ValueError("the budget is empty; say what may be left of params, macs, bytes, units or latency.")
+        if self.latency is not None and len(asked) > 1:
+            raise ValueError("a budget for latency stands alone; leave the others out.")
         return self
 
 
@@ -91,7 +96,7 @@ class FloorPart(Part):
     """
 
     accuracy: Annotated[float, Field(gt=-100, le=100)]
-    measure: Literal["macs", "params", "bytes"] = "macs"
+    measure: Literal["macs", "params", "bytes", "latency"] = "macs"
     tries: Count = 8
     width: Annotated[float, Field(gt=0)] = 0.03
 
@@ -225,8 +230,10 @@ class Cut(Part):
     `scale` makes scores of different layers comparable, for guides that compare them. `p` is the order of "magnitude",
     also where "batch-norm" finds no batch norm; criteria that look at images see so many `images` of train: "taylor",
     "fisher" and "relevance" with labels; "activation", "energy", "direction", "reconstruction" and "brain-surgeon"
-    without. `recover` gets accuracy back at once, without labels, on `recover_images` of train: batch norm's
-    "statistics" are estimated anew, or all layers are solved by "least-squares" (`recover.reconstruct`).
+    without. A budget for latency goes by the times that each layer takes here in `runtime`, for one image: measured, or
+    read from the file `table` if it is there, and kept in it. `recover` gets accuracy back at once, without labels, on
+    `recover_images` of train: batch norm's "statistics" are estimated anew, or all layers are solved by "least-squares"
+    (`recover.reconstruct`).
     """
 
     kind: Literal["cut"] = "cut"
@@ -237,6 +244,8 @@ class Cut(Part):
     scale: Scale = "none"
     p: Norm = 1.0
     images: Count = 256
+    runtime: Runtime = "eager"
+    table: str | None = None
     recover: Literal["nothing", "statistics", "least-squares"] = "nothing"
     recover_images: Count = 512
     limits: LimitsPart = Field(default_factory=LimitsPart)
@@ -251,7 +260,14 @@ class Cut(Part):
         if self.guide not in ("sparsity", "uniform") and (has or not budgeted):
             needs = "takes no sparsity" if has else "needs a budget, such as budget = {macs = 0.5}"
             raise ValueError(f"the guide {self.guide!r} {needs}.")
+        if self.latency is not None and self.guide != "knapsack":
+            raise ValueError(f"a budget for latency needs the guide 'knapsack', and this is {self.guide!r}.")
         return self
+
+    @property
+    def latency(self) -> float | None:
+        """The share of the latency that may be left, if that is the budget."""
+        return None if self.budget is None else self.budget.latency
 
 
 Step = Annotated[Train | Sparsify | Cut, Field(discriminator="kind")]
@@ -287,6 +303,7 @@ class Recipe(Part):
     scale = "none"
     p = 1.0
     images = 256
+    runtime = "eager"
     recover = "nothing"
     recover_images = 512
     limits = {least = 1, multiple = 1, cap = 1.0, keep = [], tied = []}
@@ -338,6 +355,13 @@ class Recipe(Part):
             return {**step.model_dump(), "sparsity": sparsity, "budget": budget}
 
         return self._with_steps(budgeted(step) if isinstance(step, Cut) else step for step in self.steps)
+
+    def with_table(self, path: str) -> Recipe:
+        """The recipe with the file `path` for the measured times of every step that cuts and names none."""
+        return self._with_steps(
+            step.model_copy(update={"table": step.table or path}) if isinstance(step, Cut) else step
+            for step in self.steps
+        )
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The recipe with its last training step made `epochs` epochs at that step's first rate."""

@@ -1,7 +1,7 @@
 """Where names become objects: a recipe's data and model (`prepare`), and each of its steps as a function (`take`).
 
 A step takes the model, how it is built, and the masks in force (`State`), and gives the next ones and what it has to
-show (`Outcome`). It knows nothing of folders but where a training step keeps its checkpoint.
+show (`Outcome`). It knows nothing of folders but where a training step keeps its checkpoint and a cut its table.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from secateur.errors import ProofError, RecipeError
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import tensor_shapes
 from secateur.graph.twin import duplicate
+from secateur.measure.reasons import why_not_faster
 from secateur.recipe.architecture import Architecture
 from secateur.recipe.criteria import scores_for
 from secateur.recipe.journal import Outcome
 from secateur.recipe.planning import how_much, plan_for, sparsity_for
 from secateur.recipe.recovery import recover
-from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
+from secateur.recipe.schema import BudgetPart, Cut, Recipe, Sparsify, Train
+from secateur.recipe.timing import RUNTIMES, table_for
 from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
 from secateur.recover.history import EpochRow
 from secateur.recover.parallel import own_device
@@ -105,6 +107,7 @@ def take(
     setting: Setting,
     *,
     checkpoint: Path | None = None,
+    table: Path | None = None,
     on_epoch: Callable[[EpochRow], None] | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> tuple[State, Outcome]:
@@ -115,6 +118,7 @@ def take(
         state: the model before it; a training step changes it in place.
         setting: what all steps share.
         checkpoint: the folder where a training step keeps its last epoch, and goes on from.
+        table: the file where a cut for latency keeps the times that it measures, if the recipe names none.
         on_epoch: called with the row of each epoch.
         on_step: called after each optimizer step with the share of the epoch's steps that are done.
     """
@@ -124,7 +128,7 @@ def take(
         return _with_original(state, setting), outcome
     if isinstance(step, Sparsify):
         return sparsify(step, state)
-    return cut(step, state, setting)
+    return cut(step, state, setting, table)
 
 
 def train(
@@ -206,21 +210,23 @@ def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
     return replace(state, masks=masks), outcome
 
 
-def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
+def cut(step: Cut, state: State, setting: Setting, table: Path | None = None) -> tuple[State, Outcome]:
     """Takes channels out of a copy of the model, and proves that the copy computes what it should.
 
     Raises `ProofError` with the certificate's sentence where it does not.
     """
-    model, example = state.model.eval(), setting.data.example(2, setting.device)
+    model, example = state.model.eval(), setting.data.example(2 if step.latency is None else 1, setting.device)
     groups = find_groups(model, example)
     scores = scores_for(step, model, groups, setting.seed, TrainImages(setting, step.images))
-    plan = plan_for(step, model, scores)
+    times = None if step.latency is None else table_for(step, model, groups, example, table)
+    plan = plan_for(step, model, scores, times)
     smaller = apply(model, plan)
     certificate = certify(model, smaller, plan, example)
     if not certificate.ok:
         raise ProofError(certificate.sentence)
     found = recover(step, model, smaller, plan, TrainImages(setting, step.recover_images))
-    notes = (certificate.sentence, *found, *(() if state.masks is None else (MASKS_END,)))
+    slow = () if times is None else why_not_faster(times, plan)[:REASONS]
+    notes = (certificate.sentence, *slow, *found, *(() if state.masks is None else (MASKS_END,)))
     outcome = Outcome(
         "cut",
         note=how_much(step),
@@ -233,6 +239,9 @@ def cut(step: Cut, state: State, setting: Setting) -> tuple[State, Outcome]:
     architecture = state.architecture.after(plan.attributes(), plan.replays())
     return State(smaller, architecture, original=state.original), outcome
 
+
+REASONS = 5
+"""So many sentences at most say how much faster a cut is, and why not more."""
 
 MASKS_END = (
     "The masks that were in force ended with the cut: the zeros that are left in the layers may grow again in "
@@ -265,10 +274,18 @@ def _rehearse(recipe: Recipe, model: nn.Module, data: Data) -> None:
     groups = find_groups(model, batches[0][0]) if cuts or penalised else None
     for step in recipe.steps:
         if isinstance(step, Cut) and groups is not None:
+            if step.latency is not None:
+                RUNTIMES[step.runtime](model.eval(), batches[0][0][:1])
+                step = step.model_copy(update={"budget": BudgetPart(macs=1.0)})
             plan_for(step, model, scores_for(step, model, groups, recipe.seed, batches))
         elif isinstance(step, Sparsify):
             find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
         elif isinstance(step, Train) and step.penalty is not None and groups is not None:
+            if step.penalty.units == "next-cut" and any(cut.latency is not None for cut in cuts):
+                raise RecipeError(
+                    "what a cut for latency would take is known when its layers are timed, not while a penalty presses "
+                    "on it; let the penalty press on all units, or give the cut a budget for macs."
+                )
             penalty_of(step.penalty, groups, None)
 
 
