@@ -36,10 +36,10 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur.score.direction import Direction
-from secateur.score.scaling import lamp
+from secateur.score.scaling import by_mean, lamp
 
 PIECE = 128
-FIXED = ("L1", "L2", "LAMP", "FPGM", "BN scale")
+FIXED = ("L1", "L1, by mean", "L2", "LAMP", "FPGM", "FPGM, by mean", "BN scale")
 """Criteria that read the weights alone."""
 
 Cut = Callable[[nn.Module, float], nn.Module]
@@ -134,9 +134,11 @@ def ours(groups: sc.Groups, images: Sequence[tuple[Tensor, Tensor]], seed: int) 
         "Energy": by(sc.Energy(inputs)),
         "Activation": by(sc.Activation(inputs)),
         "L1": by(sc.Magnitude(1)),
+        "L1, by mean": by(sc.Magnitude(1), scale=by_mean),
         "L2": by(sc.Magnitude(2)),
         "LAMP": by(sc.Magnitude(2), scale=lamp),
         "FPGM": by(sc.Median()),
+        "FPGM, by mean": by(sc.Median(), scale=by_mean),
         "BN scale": by(sc.BatchNormScale()),
         "Random": by(sc.Random(seed)),
         "Taylor (labels)": by(sc.Taylor(labelled)),

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from secateur.surgery.cut import Cut, apply
     from secateur.surgery.drop import DropCertificate, certify_drop, drop_blocks
     from secateur.surgery.export import Exported, export_program
-    from secateur.surgery.masks import Masks, find_masks
+    from secateur.surgery.masks import Masks, find_masks, find_zeros
     from secateur.surgery.pattern import find_pattern
     from secateur.surgery.simplification import Simplification
     from secateur.surgery.simplify import simplify
@@ -185,6 +185,7 @@ __all__ = [
     "find_masks",
     "find_pattern",
     "find_sensitivity",
+    "find_zeros",
     "fine_tune",
     "gaussian",
     "geometric",
@@ -286,7 +287,7 @@ _HOMES = MappingProxyType(
         "surgery.cut": ("Cut", "apply"),
         "surgery.drop": ("DropCertificate", "certify_drop", "drop_blocks"),
         "surgery.export": ("Exported", "export_program"),
-        "surgery.masks": ("Masks", "find_masks"),
+        "surgery.masks": ("Masks", "find_masks", "find_zeros"),
         "surgery.pattern": ("find_pattern",),
         "surgery.simplification": ("Simplification",),
         "surgery.simplify": ("simplify",),

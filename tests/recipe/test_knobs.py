@@ -15,21 +15,19 @@ from torch import Tensor
 import pictures
 from secateur.errors import RecipeError
 from secateur.measure.latency import torch_threads
-from secateur.recipe import schema
-from secateur.recipe.schema import (
+from secateur.recipe import parts, schema
+from secateur.recipe.parts import (
     BudgetPart,
-    Cut,
     DataPart,
     DistillPart,
     FloorPart,
     LimitsPart,
     ModelPart,
+    MovingPart,
     PenaltyPart,
-    Recipe,
-    Sparsify,
     StagePart,
-    Train,
 )
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.steps import Setting, State, TrainImages, prepare, take
 from secateur.zoo.data import Data
 
@@ -75,11 +73,13 @@ TRAINING: tuple[tuple[str, Any], ...] = (
     ("only", "norms-and-head"),
     ("penalty", PenaltyPart(kind="l2", strength=0.1)),
     ("bf16", True),
+    ("masks", MovingPart(way="gradual", sparsity=0.5, end=0.5, every=2)),
 )
 SPARSIFYING: tuple[tuple[str, Any], ...] = (
     ("sparsity", 0.6),
     ("scope", "layer"),
     ("layers", ("0.weight",)),
+    ("recover", "least-squares"),
 )
 CUTTING: tuple[tuple[str, Any], ...] = (
     ("sparsity", 0.6),
@@ -120,13 +120,14 @@ ELSEWHERE = frozenset(
         *((Recipe, field) for field in ("seed", "device", "data", "model", "steps", "floor")),
         *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
         *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep", "parallel")),
-        *((part, field) for part in (PenaltyPart, DistillPart) for field in part.model_fields),
+        *((part, field) for part in (PenaltyPart, DistillPart, MovingPart) for field in part.model_fields),
         *((Cut, field) for field in ("images", "recover_images", "scale", "runtime", "table")),
+        *((Sparsify, field) for field in ("pattern", "recover_images")),
         (BudgetPart, "latency"),
     }
 )
 """What the tests further down change; a run's title and threads are in test_run.py, floors in test_floor_recipe.py,
-latencies in test_latency_recipe.py."""
+latencies in test_latency_recipe.py, masks in test_sparse_recipe.py."""
 
 
 @pytest.fixture
@@ -159,8 +160,9 @@ def changed(part: BaseModel, field: str, value: object) -> Any:
 
 
 def test_every_field_is_here():
-    parts = [part for part in vars(schema).values() if isinstance(part, type) and issubclass(part, schema.Part)]
-    every = {(part, field) for part in parts for field in part.model_fields}
+    found = {**vars(parts), **vars(schema)}.values()
+    kinds = {kind for kind in found if isinstance(kind, type) and issubclass(kind, parts.Part)}
+    every = {(part, field) for part in kinds for field in part.model_fields}
     tables = ((Train, TRAINING), (Sparsify, SPARSIFYING), (Cut, CUTTING), (DataPart, READING))
     told = {(part, field) for part, knobs in tables for field, _ in knobs}
     inner = [value for _, value in CUTTING + BUDGETS if isinstance(value, BaseModel)]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import RecipeError
+from secateur.recipe.parts import BudgetPart, LimitsPart
 from secateur.recipe.reading import build, embedded, line_of, parse, read_recipe
-from secateur.recipe.schema import BudgetPart, Cut, LimitsPart, Sparsify, Train
+from secateur.recipe.schema import Cut, Sparsify, Train
 
 TEXT = """\
 title = "mine"

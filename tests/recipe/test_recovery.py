@@ -5,7 +5,8 @@ import torch
 
 from secateur.measure.accuracy import accuracy
 from secateur.measure.latency import torch_threads
-from secateur.recipe.schema import BudgetPart, Cut, DataPart, ModelPart, Recipe, StagePart, Train
+from secateur.recipe.parts import BudgetPart, DataPart, ModelPart, StagePart
+from secateur.recipe.schema import Cut, Recipe, Train
 from secateur.recipe.steps import prepare, take
 
 NETWORK = """

@@ -15,9 +15,10 @@ from secateur.errors import DataError, ModelError, RunError, TrainingError, Unkn
 from secateur.measure.latency import Latency
 from secateur.recipe.folder import load
 from secateur.recipe.journal import JOURNAL
+from secateur.recipe.parts import DataPart, LimitsPart, ModelPart, StagePart
 from secateur.recipe.reading import read_recipe
 from secateur.recipe.run import read_record, resume, run
-from secateur.recipe.schema import Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.steps import prepare
 from secateur.report.ledger import ChannelRow
 

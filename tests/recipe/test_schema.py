@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from secateur.recipe.parts import BudgetPart, DataPart, LimitsPart, ModelPart, StagePart
 from secateur.recipe.reading import parse
-from secateur.recipe.schema import BudgetPart, Cut, DataPart, LimitsPart, ModelPart, Recipe, Sparsify, StagePart, Train
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 
 SHARES = st.floats(0, 1, exclude_max=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

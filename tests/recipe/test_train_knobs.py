@@ -14,19 +14,10 @@ from torch import Tensor
 from secateur.errors import PlanError, RecipeError
 from secateur.measure.latency import torch_threads
 from secateur.recipe.folder import load
+from secateur.recipe.parts import DataPart, DistillPart, ModelPart, PenaltyPart, StagePart
 from secateur.recipe.reading import parse
 from secateur.recipe.run import Status, resume, run
-from secateur.recipe.schema import (
-    Cut,
-    DataPart,
-    DistillPart,
-    ModelPart,
-    PenaltyPart,
-    Recipe,
-    Sparsify,
-    StagePart,
-    Train,
-)
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.steps import prepare, take
 from secateur.recover.history import History
 

@@ -14,20 +14,18 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError, UnknownName
-from secateur.recipe.schema import (
+from secateur.recipe.parts import (
     BudgetPart,
-    Cut,
     DataPart,
     DistillPart,
     FloorPart,
     LimitsPart,
     ModelPart,
+    MovingPart,
     PenaltyPart,
-    Recipe,
-    Sparsify,
     StagePart,
-    Train,
 )
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 
 KINDS = (Train, Sparsify, Cut)
 NAMES = tuple((kind.model_fields["kind"].default, kind) for kind in KINDS)
@@ -240,6 +238,7 @@ def _fields(path: tuple[str | int, ...], kind: str | None) -> list[str]:
             "stages": StagePart,
             "distill": DistillPart,
             "penalty": PenaltyPart,
+            "masks": MovingPart,
             "budget": BudgetPart,
             "limits": LimitsPart,
         }

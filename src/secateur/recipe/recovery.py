@@ -1,4 +1,4 @@
-"""What a cutting step does at once to get accuracy back: no labels, no training."""
+"""What a step that cuts or sparsifies does at once to get accuracy back: no labels, no training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from secateur.allocate.plan import Plan
-from secateur.recipe.schema import Cut
+from secateur.recipe.schema import Cut, Sparsify
+from secateur.recover.prune import prune_weights
 from secateur.recover.reconstruct import reconstruct
 from secateur.recover.statistics import reset_statistics
+from secateur.surgery.masks import Masks, find_masks
+from secateur.surgery.pattern import find_pattern
 
 
 def recover(
@@ -25,6 +28,27 @@ def recover(
         solved = reconstruct(model, smaller, plan, inputs)
         return (f"The weights of {len(solved)} layers were solved by least squares on train images, without labels.",)
     return ()
+
+
+def sparsified(
+    step: Sparsify, model: nn.Module, images: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[nn.Module, Masks, tuple[str, ...]]:
+    """The model with weights at zero, which ones, and what was done about the others."""
+    masks = masks_for(step, model)
+    if step.recover == "nothing":
+        masks.apply_(model)
+        return model, masks, ()
+    pruned = prune_weights(model, step.pattern or masks, Inputs(images), names=step.layers or None)
+    said = f"The weights that stay were solved by least squares in {len(pruned.layers)} layers, on train images, "
+    return pruned.model, pruned.masks, (f"{said}without labels.",)
+
+
+def masks_for(step: Sparsify, model: nn.Module) -> Masks:
+    """The masks of a step by magnitude."""
+    names = step.layers or None
+    if step.pattern is not None:
+        return find_pattern(model, *step.pattern, names=names)
+    return find_masks(model, step.sparsity or 0.0, scope=step.scope, names=names)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A recipe: what is compressed, on which data, by which steps, as one immutable typed value.
 
 `Recipe` is what a TOML file says (`reading.read_recipe`), what the command line's flags build, and what a run
-keeps as `recipe.toml`. It holds names and numbers only; `steps` turns the names into objects.
+keeps as `recipe.toml`. It holds names and numbers only; `steps` turns the names into objects. Its tables are in
+`parts`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from secateur.allocate.budget import Budget
-from secateur.allocate.limits import Limits
-from secateur.errors import PlanError
+from secateur.recipe.parts import (
+    Augmentation,
+    BudgetPart,
+    Count,
+    DataPart,
+    DistillPart,
+    FloorPart,
+    LimitsPart,
+    ModelPart,
+    MovingPart,
+    Part,
+    PenaltyPart,
+    Scope,
+    Share,
+    StagePart,
+)
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Augmentation = Literal["crop", "flip"]
 Guide = Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"]
 Scale = Literal["none", "mean", "max", "gaussian", "lamp"]
 Runtime = Literal["eager", "compiled", "onnx"]
@@ -35,139 +46,11 @@ Norm = Annotated[
 ]
 
 
-class Part(BaseModel):
-    """What the parts of a recipe have in common: they cannot be changed, and know no key but their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _as_in(record: type[Budget | Limits]) -> BeforeValidator:
-    """A field is right where the record of the same field takes it, and else wrong in the record's words."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        try:
-            if value is not None:
-                record(**{str(info.field_name): value})
-        except PlanError as error:
-            raise ValueError(str(error)) from error
-        return _tuples(value)
-
-    return BeforeValidator(check)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-class BudgetPart(Part):
-    """What may be left, at most: shares of the whole or counts (`allocate.budget.Budget`); of latency a share."""
-
-    params: Annotated[int | float | None, _as_in(Budget)] = None
-    macs: Annotated[int | float | None, _as_in(Budget)] = None
-    bytes: Annotated[int | float | None, _as_in(Budget)] = None
-    units: Annotated[int | float | None, _as_in(Budget)] = None
-    latency: Annotated[float | None, Field(gt=0, le=1)] = None
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        asked = self.model_dump(exclude_none=True)
-        if not asked:
-            raise ValueError("the budget is empty; say what may be left of params, macs, bytes, units or latency.")
-        if self.latency is not None and len(asked) > 1:
-            raise ValueError("a budget for latency stands alone; leave the others out.")
-        return self
-
-
-class LimitsPart(Part):
-    """What no plan may do (`allocate.limits.Limits`)."""
-
-    least: Annotated[int | dict[str, int], _as_in(Limits)] = 1
-    multiple: Annotated[int | dict[str, int], _as_in(Limits)] = 1
-    cap: Annotated[float | dict[str, float], _as_in(Limits)] = 1.0
-    keep: Annotated[tuple[str, ...], _as_in(Limits)] = ()
-    tied: Annotated[tuple[str | tuple[str, ...], ...], _as_in(Limits)] = ()
-
-
-class FloorPart(Part):
-    """The accuracy on the validation images that must be left, in percent; below 0, how many points may be lost.
-
-    The step that cuts is tried at several budgets of `measure`, at most `tries`, until the smallest above the floor is
-    known to within `width` (`search.floor`).
-    """
-
-    accuracy: Annotated[float, Field(gt=-100, le=100)]
-    measure: Literal["macs", "params", "bytes", "latency"] = "macs"
-    tries: Count = 8
-    width: Annotated[float, Field(gt=0)] = 0.03
-
-
-class DataPart(Part):
-    """Where the images come from; `source` is as `zoo.data.load_data` reads it."""
-
-    source: str
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    normalise: Literal["data", "imagenet"] = "data"
-    batch_size: Count = 64
-    augment: tuple[Augmentation, ...] = ()
-    label: str | None = None
-    image_size: Count | None = None
-    folder: str | None = None
-    download: bool = False
-
-
-class ModelPart(Part):
-    """Where the network comes from; `source` is as `zoo.models.build_model` reads it."""
-
-    source: str
-    weights: str | None = None
-    pretrained: bool = False
-
-
-class StagePart(Part):
-    """A learning rate and for how many epochs it is kept."""
-
-    lr: Annotated[float, Field(gt=0)]
-    epochs: Count
-
-
-class DistillPart(Part):
-    """Learn from the model that the recipe begins with, as its report first measures it (`recover.distillation`).
-
-    `attention` names layers whose maps are matched too, with `attention_weight`.
-    """
-
-    teacher: Literal["original"] = "original"
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
-    attention: tuple[str, ...] = ()
-    attention_weight: Annotated[float, Field(gt=0)] = 1000.0
-
-
-class PenaltyPart(Part):
-    """Make channels small before they are cut (`recover.penalties`).
-
-    It presses on all channels that can be cut, or on those that the next cut would take if it came first. With `every`,
-    the strength grows by itself after so many steps, up to `most`. `proximal` sets weights exactly to zero.
-    """
-
-    kind: Literal["l1", "l2", "group-lasso", "slimming"]
-    strength: Annotated[float, Field(gt=0)]
-    every: Count | None = None
-    most: Annotated[float | None, Field(gt=0)] = None
-    units: Literal["all", "next-cut"] = "all"
-    proximal: bool = False
-
-    @model_validator(mode="after")
-    def _grows_or_not(self) -> Self:
-        if (self.every is None) != (self.most is None):
-            raise ValueError("a strength that grows needs both every and most.")
-        return self
-
-
 class Train(Part):
     """Train every weight that is still there: dense training before a cut, fine-tuning after it.
 
-    What the fields mean is told at `recover.train.fine_tune`; "norms-and-head" trains only these.
+    What the fields mean is told at `recover.train.fine_tune`; "norms-and-head" trains only these. Masks that an earlier
+    step has put in force stay, unless `masks` moves them.
     """
 
     kind: Literal["train"] = "train"
@@ -190,6 +73,7 @@ class Train(Part):
     keep: Literal["best", "last"] = "best"
     distill: DistillPart | None = None
     penalty: PenaltyPart | None = None
+    masks: MovingPart | None = None
     channels_last: bool = False
     bf16: bool = False
     compile: bool = False
@@ -215,12 +99,28 @@ class Train(Part):
 
 
 class Sparsify(Part):
-    """Set the smallest weights to zero where they stand; the train steps that follow keep them zero."""
+    """Set the smallest weights to zero where they stand; the train steps that follow keep them zero.
+
+    How many is said by `sparsity`, or by `pattern`: (n, m) keeps n of every m weights in a row along the inputs. With
+    `recover` "least-squares" as many go of each layer, but those that its output misses least, and the others are
+    solved to make up for them (`recover.prune`), on `recover_images` of train, without labels.
+    """
 
     kind: Literal["sparsify"] = "sparsify"
-    sparsity: Share
-    scope: Literal["global", "layer"] = "global"
+    sparsity: Share | None = None
+    pattern: tuple[Count, Count] | None = None
+    scope: Scope = "global"
     layers: tuple[str, ...] = ()
+    recover: Literal["nothing", "least-squares"] = "nothing"
+    recover_images: Count = 512
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("it needs a sparsity, such as 0.9, or a pattern, such as [2, 4]; one of them.")
+        if self.pattern is not None and self.pattern[0] >= self.pattern[1]:
+            raise ValueError(f"{self.pattern[0]} of every {self.pattern[1]} weights is no pattern; give fewer.")
+        return self
 
 
 class Cut(Part):

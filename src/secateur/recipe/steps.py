@@ -23,9 +23,10 @@ from secateur.measure.reasons import why_not_faster
 from secateur.recipe.architecture import Architecture
 from secateur.recipe.criteria import scores_for
 from secateur.recipe.journal import Outcome
+from secateur.recipe.parts import BudgetPart, MovingPart
 from secateur.recipe.planning import how_much, plan_for, sparsity_for
-from secateur.recipe.recovery import recover
-from secateur.recipe.schema import BudgetPart, Cut, Recipe, Sparsify, Train
+from secateur.recipe.recovery import masks_for, recover, sparsified
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.timing import RUNTIMES, table_for
 from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
 from secateur.recover.history import EpochRow
@@ -35,7 +36,7 @@ from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
-from secateur.surgery.masks import Masks, find_masks
+from secateur.surgery.masks import Masks, find_masks, find_zeros
 from secateur.zoo.data import Data, load_data
 from secateur.zoo.models import build_model
 
@@ -125,9 +126,12 @@ def take(
     step = setting.recipe.steps[number - 1]
     if isinstance(step, Train):
         outcome = train(step, number, state, setting, checkpoint, on_epoch, on_step)
+        if step.masks is not None:
+            masks = find_zeros(state.model)
+            state, outcome = replace(state, masks=masks), replace(outcome, sparsity=masks.table())
         return _with_original(state, setting), outcome
     if isinstance(step, Sparsify):
-        return sparsify(step, state)
+        return sparsify(step, state, setting)
     return cut(step, state, setting, table)
 
 
@@ -161,7 +165,7 @@ def train(
         **options_of(step, state.model),
         **_penalty(step, number, state, setting),
         distill=None if step.distill is None else distillation_of(step.distill, state.original, table),
-        masks=state.masks,
+        masks=state.masks if step.masks is None else step.masks.moving(state.masks),
         device=device,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
@@ -202,12 +206,11 @@ def distils(recipe: Recipe) -> bool:
     return any(isinstance(step, Train) and step.distill is not None for step in recipe.steps)
 
 
-def sparsify(step: Sparsify, state: State) -> tuple[State, Outcome]:
-    """Sets the smallest weights to zero; the masks stay in force for the training steps that follow."""
-    masks = find_masks(state.model, step.sparsity, scope=step.scope, names=step.layers or None)
-    masks.apply_(state.model)
-    outcome = Outcome("sparsified", note=f"{numbers.share(step.sparsity)} {_scope(step)}", sparsity=masks.table())
-    return replace(state, masks=masks), outcome
+def sparsify(step: Sparsify, state: State, setting: Setting) -> tuple[State, Outcome]:
+    """Sets weights to zero; the masks stay in force for the training steps that follow."""
+    model, masks, notes = sparsified(step, state.model.eval(), TrainImages(setting, step.recover_images))
+    outcome = Outcome("sparsified", note=_how_sparse(step), notes=notes, sparsity=masks.table())
+    return replace(state, model=model, masks=masks), outcome
 
 
 def cut(step: Cut, state: State, setting: Setting, table: Path | None = None) -> tuple[State, Outcome]:
@@ -271,22 +274,35 @@ def _rehearse(recipe: Recipe, model: nn.Module, data: Data) -> None:
     cuts = [step for step in recipe.steps if isinstance(step, Cut)]
     batches = [(data.example(2), data.train.labels[:2])]
     penalised = any(isinstance(step, Train) and step.penalty is not None for step in recipe.steps)
-    groups = find_groups(model, batches[0][0]) if cuts or penalised else None
+    groups, masks = find_groups(model, batches[0][0]) if cuts or penalised else None, None
     for step in recipe.steps:
         if isinstance(step, Cut) and groups is not None:
             if step.latency is not None:
                 RUNTIMES[step.runtime](model.eval(), batches[0][0][:1])
                 step = step.model_copy(update={"budget": BudgetPart(macs=1.0)})
             plan_for(step, model, scores_for(step, model, groups, recipe.seed, batches))
+            masks = None
         elif isinstance(step, Sparsify):
-            find_masks(model, step.sparsity, scope=step.scope, names=step.layers or None)
-        elif isinstance(step, Train) and step.penalty is not None and groups is not None:
+            masks = masks_for(step, model)
+        elif isinstance(step, Train) and step.masks is not None:
+            masks = _rehearsed(step.masks, model, masks)
+        if isinstance(step, Train) and step.penalty is not None and groups is not None:
             if step.penalty.units == "next-cut" and any(cut.latency is not None for cut in cuts):
                 raise RecipeError(
                     "what a cut for latency would take is known when its layers are timed, not while a penalty presses "
                     "on it; let the penalty press on all units, or give the cut a budget for macs."
                 )
             penalty_of(step.penalty, groups, None)
+
+
+def _rehearsed(part: MovingPart, model: nn.Module, masks: Masks | None) -> Masks:
+    """As many weights as are masked in the end."""
+    if part.way == "rigl" and masks is None:
+        raise RecipeError(
+            "masks that move by 'rigl' begin with those that are in force, and none are; sparsify in a step before."
+        )
+    part.moving(masks).start(model)
+    return find_masks(model, masks.table().sparsity if masks and part.sparsity is None else part.sparsity or 0.0)
 
 
 def _device(name: str) -> torch.device:
@@ -299,5 +315,8 @@ def _device(name: str) -> torch.device:
         raise RecipeError(f"this machine has no device {name!r} that torch can use; set device to 'cpu'.") from error
 
 
-def _scope(step: Sparsify) -> str:
-    return "of all weights together" if step.scope == "global" else "of each layer"
+def _how_sparse(step: Sparsify) -> str:
+    if step.pattern is not None:
+        return "{} of every {} weights stay".format(*step.pattern)
+    scope = "of all weights together" if step.scope == "global" else "of each layer"
+    return f"{numbers.share(step.sparsity or 0.0)} {scope}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.errors import RecipeError
 from secateur.graph.records import Groups
-from secateur.recipe.schema import DistillPart, PenaltyPart, Train
+from secateur.recipe.parts import DistillPart, PenaltyPart
+from secateur.recipe.schema import Train
 from secateur.recover.distillation import Attention, Distillation, teacher_logits
 from secateur.recover.mixing import CutMix, Mix, Mixup, OneOf
 from secateur.recover.penalties import L1, L2, GroupLasso, Growing, Slimming

@@ -1,4 +1,4 @@
-"""Which single weights stay: `find_masks(model, sparsity)` gives `Masks`, one bit for each weight.
+"""Which single weights stay: `find_masks(model, sparsity)` gives `Masks`, one bit for each weight; `find_zeros` too.
 
 Unstructured pruning by magnitude leaves every shape as it is and sets the smallest weights to zero. The masks
 are a record apart from the model: they zero a model in place (`apply_`), hold it at zero during training
@@ -245,6 +245,32 @@ def find_masks(
             threshold = global_threshold(list(group.values()), count, names=list(group))
             found.extend(_cut(group.items(), threshold))
     return Masks(tuple(found))
+
+
+def find_zeros(model: nn.Module, *, names: str | Iterable[str] | None = None) -> Masks:
+    """Masks that hold the weights that are zero by now, as those of a model that was made sparse elsewhere.
+
+    Args:
+        model: any module.
+        names: which tensors, as `find_masks` reads them; all if left out.
+
+    Raises:
+        PlanError: no weights at all. UnknownName: a name or pattern that fits no tensor.
+
+    >>> layer = nn.Linear(3, 1)
+    >>> layer.weight.data = torch.tensor([[0.5, 0.0, -1.0]])
+    >>> find_zeros(layer).keep("weight")
+    tensor([[ True, False,  True]])
+    """
+    weights = find_weights(model, names)
+    if not weights:
+        raise PlanError("the model has no convolution or linear layer; name its weight tensors.")
+    return Masks(
+        tuple(
+            Mask(name, tuple(weight.shape), numpy.packbits((weight.detach() != 0).cpu().numpy()).tobytes())
+            for name, weight in weights.items()
+        )
+    )
 
 
 def _cut(weights: Iterable[tuple[str, Tensor]], threshold: Threshold) -> Iterator[Mask]:
