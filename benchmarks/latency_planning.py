@@ -2,6 +2,7 @@
 
     python benchmarks/latency_planning.py --models resnet18 vgg16 --out latency.jsonl --tables tables
     python benchmarks/latency_planning.py --models resnet20 --data parquet:DIR --weights DIR --out latency.jsonl
+    python benchmarks/latency_planning.py --models resnet18-64 vgg16_bn-32 --data parquet:DIR --weights DIR
     python benchmarks/latency_planning.py --table latency.jsonl
 
 A table is measured for each model and runtime. A plan for MACs (`Knapsack`, all widths or multiples of 8 only) sets
@@ -9,9 +10,11 @@ what is to be kept; then the fastest plan is looked for, by the table, that keep
 are timed by turns.
 
 resnet18 and vgg16 of torchvision, at 224 x 224, have random weights, and scores drawn for each unit (log-normal, each
-group summing to 1): as much is kept if the sum of scores is. resnet20 and resnet56 for CIFAR-10 are trained; scores are
-`Energy` on 512 train images, batch norms take their statistics anew from 2,048, and as much is kept if the accuracy on
-1,024 other train images is: of plans for 1, 0.9, 0.8 and 0.7 times the latency at which the scores are equal, the
+group summing to 1): as much is kept if the sum of scores is. resnet20 and resnet56 for CIFAR-10 are trained; so are
+torchvision's models with a size behind their name, on images scaled to it: briefly, here, on so many images as
+`--train` says (each once, one-cycle, bf16), simplified (`sc.simplify`), and kept in `--weights`. Scores are `Energy` on
+512 train images, batch norms take their statistics anew from 2,048, and as much is kept if the accuracy on 2,048 train
+images that nothing else sees is: of plans for 1, 0.9, 0.8 and 0.7 times the latency at which the scores are equal, the
 fastest that has it. Test images are only reported on. No group loses more than three quarters.
 """
 
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5], help="of the MACs")
     parser.add_argument("--data", default="cifar10", help="a data set, as load_data takes it")
     parser.add_argument("--weights", type=Path, help="the folder of resnet20_cifar10.safetensors")
+    parser.add_argument("--train", type=int, default=40000, help="images that models without weights are trained on")
     parser.add_argument("--test", type=int, default=10000, help="test images, the first ones")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="of plans for MACs")
     parser.add_argument("--threads", type=int, default=2)
@@ -93,7 +98,13 @@ def main() -> None:
 def build(name: str, options: argparse.Namespace) -> Case:
     torch.manual_seed(0)
     if name in ("resnet20", "resnet56"):
-        return trained(name, options)
+        data = sc.load_data(options.data, normalise="imagenet")  # as the weights were trained
+        weights = options.weights / f"{name}_cifar10.safetensors"
+        model = sc.build_model(f"secateur:{name}", classes=10, weights=weights).model.eval()
+        return trained(name, data, model, options)
+    if "-" in name:
+        data = sc.load_data(options.data, image_size=int(name.partition("-")[2]), normalise="imagenet")
+        return trained(name, data, taught(name, data, options), options)
     import torchvision
 
     model = torchvision.models.get_model(name, weights=None).eval()
@@ -108,14 +119,41 @@ def drawn(model: nn.Module, groups: sc.Groups) -> list[Tensor]:
     return [value / value.sum() for value in values]
 
 
-def trained(name: str, options: argparse.Namespace) -> Case:
-    data = sc.load_data(options.data, normalise="imagenet")  # as the weights were trained
-    weights = options.weights / f"{name}_cifar10.safetensors"
-    model = sc.build_model(f"secateur:{name}", classes=10, weights=weights).model.eval()
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+def order_of(data: sc.Data) -> Tensor:
+    """Train images: 2,048 for statistics, 2,048 held out, and the others."""
+    return torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+
+
+def taught(name: str, data: sc.Data, options: argparse.Namespace) -> nn.Module:
+    """A network of torchvision's after a short training, or as it was kept, without what computes nothing."""
+    model = sc.build_model(f"torchvision:{name.partition('-')[0]}", classes=len(data.classes)).model
+    path = options.weights / f"{name}-{options.train}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+    else:
+        start, size = time.perf_counter(), 128
+        seen = data.train.take(order_of(data)[4096 : 4096 + options.train])
+        after = data.train.take(order_of(data)[2048:4096])
+
+        def batches(images: sc.Images, size: int, **how: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            return images.batches(size, mean=data.mean, std=data.std, channels_last=True, **how)
+
+        history = sc.fine_tune(
+            model, lambda epoch: batches(seen, size, shuffle=epoch, augment=("flip",)), lambda: batches(after, 256),
+            [sc.Stage(0.05, 1)], schedule="one-cycle", weight_decay=5e-4, nesterov=True, channels_last=True, bf16=True,
+            batches_per_epoch=-(-len(seen) // size),
+        )  # fmt: skip
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+        accuracy = 100 * history.best.validation_accuracy
+        print(f"{name}: trained for {time.perf_counter() - start:.0f} s, held out {accuracy:.2f} %", flush=True)
+    return sc.simplify(model.eval(), data.example())[0].eval()
+
+
+def trained(name: str, data: sc.Data, model: nn.Module, options: argparse.Namespace) -> Case:
+    order = order_of(data)
     shape = {"mean": data.mean, "std": data.std}
     train = [images for images, _ in data.train.take(order[:2048]).batches(256, **shape)]
-    held = list(data.train.take(order[2048:3072]).batches(256, **shape))
+    held = list(data.train.take(order[2048:4096]).batches(256, **shape))
     test = list(data.test.take(range(options.test)).batches(250, **shape))
     groups = sc.find_groups(model, data.example())
     scores = sc.score(model, groups, sc.Energy(train[:2]))
