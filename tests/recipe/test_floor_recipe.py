@@ -144,3 +144,4 @@ def test_floors_in_words(tmp_path):
     assert (given.floor.accuracy, given.floor.measure) == (-0.5, "params")
     made = recipe_from(None, data="digits", model="secateur:digits_vgg", floor=97.0)
     assert (made.floor.accuracy, made.floor.measure, made.steps[0].guide) == (97.0, "macs", "ranking")
+    assert (made.steps[0].criterion, made.steps[0].recover) == ("energy", "statistics")

@@ -49,3 +49,12 @@ def test_a_cut_that_recovers_loses_less_and_says_how(trained):
     assert notes["nothing"] == ()
     assert "statistics of 2 batch norms" in notes["statistics"][0]
     assert "weights of 2 layers" in notes["least-squares"][0]
+
+
+def test_without_batch_norm_there_are_no_statistics_and_it_says_so(tmp_path):
+    (tmp_path / "nets.py").write_text(NETWORK.replace("nn.BatchNorm2d(24), ", ""))
+    cut = Cut(guide="ranking", budget=BudgetPart(macs=0.5), recover="statistics")
+    model = ModelPart(source=f"{tmp_path / 'nets.py'}:make")
+    setting, state = prepare(Recipe(data=DataPart(source="digits"), model=model, steps=(cut,)))
+    _, outcome = take(1, state, setting)
+    assert "There is no batch norm" in outcome.notes[-1]

@@ -50,8 +50,9 @@ def recipe_from(
     """The recipe file `path` with the options' values in place of its own; without a file, a recipe of the options.
 
     That recipe cuts at `sparsity` (0.5 if left out), guided by the sparsity of each layer, or, with a `budget` alone,
-    by a ranking of all units (for a latency by knapsack); and fine-tunes for `epochs` (3 if left out). With a `floor`
-    the budget is searched: that of the measure which `budget` names, or of MACs.
+    by a ranking of all units by `Energy` (for a latency by knapsack), and estimates batch norm's statistics anew; and
+    it fine-tunes for `epochs` (3 if left out). With a `floor` the budget is searched: that of the measure which
+    `budget` names, or of MACs.
 
     Raises `RecipeError` where the file or an option is wrong, or too little is said.
     """
@@ -65,11 +66,11 @@ def recipe_from(
         cut: dict[str, Any] = {"kind": "cut", "sparsity": SPARSITY if sparsity is None else sparsity}
         if floor is not None and not left:
             left = {"macs": SPARSITY}
-        if left:
-            cut = {"kind": "cut", "budget": left, "sparsity": sparsity}
-            cut["guide"] = "ranking" if sparsity is None else "sparsity"
-        if "latency" in left:  # a sum of scores is to be kept: that of energies is the error that a cut makes
-            cut |= {"guide": "knapsack", "criterion": "energy"}
+        if left and sparsity is not None:
+            cut |= {"budget": left}
+        elif left:
+            guide = "knapsack" if "latency" in left else "ranking"
+            cut = {"kind": "cut", "budget": left, "guide": guide, "criterion": "energy", "recover": "statistics"}
         stages = ({"lr": RATE, "epochs": EPOCHS if epochs is None else epochs},)
         parts = {"data": {}, "model": {}, "steps": (cut, {"kind": "train", "stages": stages, "schedule": "cosine"})}
     if floor is not None:

@@ -23,6 +23,8 @@ def recover(
     inputs = Inputs(images)
     if step.recover == "statistics":
         layers = reset_statistics(smaller, inputs)
+        if not layers:
+            return ("There is no batch norm whose statistics could be estimated anew.",)
         return (f"The statistics of {len(layers)} batch norms were estimated anew on train images, without labels.",)
     if step.recover == "least-squares":
         solved = reconstruct(model, smaller, plan, inputs)
