@@ -23,6 +23,7 @@ from torchvision.ops import stochastic_depth
 import secateur as sc
 from secateur.recover.distillation import Attention, Distillation, Features
 from secateur.recover.mixing import CutMix, Mixup, OneOf
+from secateur.recover.moving import RigL
 from secateur.recover.penalties import GroupLasso
 from secateur.recover.train import Stage, fine_tune
 
@@ -125,6 +126,15 @@ def recomputed() -> Result:
     return train(Net(recomputed=True))
 
 
+def masked() -> Result:
+    """Masks that move: which weights come back is told by gradients of the whole batch."""
+    net = Net()
+    masks = sc.find_masks(net, 0.6)
+    result = train(net, masks=RigL(masks, every=5), ema=0.9)
+    assert all(int((result.state[row.name] == 0).sum()) >= row.zeros for row in masks.table().rows)
+    return result
+
+
 def few() -> Result:
     """The last batch has fewer images than processes; over two numbers batch norm would magnify rounding."""
     return train(Net(flat=False), last=2)
@@ -134,7 +144,7 @@ def sharded() -> Result:
     return rich(parallel="sharded")
 
 
-CASES: tuple[Callable[[], Result], ...] = (plain, rich, taught, recomputed, sharded)
+CASES: tuple[Callable[[], Result], ...] = (plain, rich, taught, recomputed, sharded, masked)
 
 
 def broken_off(folder: Path, **options: Any) -> None:
