@@ -35,6 +35,9 @@ import secateur as sc
 from secateur.recover.history import EpochRow
 from secateur.recover.reconstruct import reconstruct
 
+KIND = ("model", "cut", "epochs", "lr", "temperature", "share", "mixed")
+"""What two runs of one kind have in common."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05, help="the highest of the one-cycle schedule")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--share", type=float, default=0.9, help="of the teacher in the loss")
+    parser.add_argument("--mixed", action="store_true", help="images are mixed pairwise: the teacher sees them as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("train_resnet56.jsonl"))
     parser.add_argument("--folder", type=Path, default=Path("train_resnet56"), help="of cut models and checkpoints")
@@ -69,11 +73,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     groups = sc.find_groups(model, data.example())
     begun = time.perf_counter()
     small = cut(model, groups, data, options)
-    row = {name: getattr(options, name) for name in ("model", "cut", "seed", "epochs", "lr", "temperature", "share")}
+    row = {name: getattr(options, name) for name in ("seed", *KIND)}
     row |= {"times": groups.macs / sc.find_groups(small, data.example()).macs}
     row |= {"cut_seconds": time.perf_counter() - begun, "before": criteria_resnet56.accuracy(small, test)}
     print(json.dumps(row), flush=True)
-    name = f"{options.model}-{options.cut}-{options.epochs}x{options.lr}-{options.share}-{options.seed}"
+    name = "-".join(str(row[name]) for name in ("seed", *KIND))
     options.folder.mkdir(parents=True, exist_ok=True)
     begun, steps = time.perf_counter(), -(-len(data.train) // 128)
 
@@ -88,6 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         small, train, lambda: data.validation.batches(250, **shape), [sc.Stage(options.lr, options.epochs)],
         schedule="one-cycle", nesterov=True, weight_decay=5e-4, channels_last=True, bf16=True, keep="last",
         distill=sc.Distillation(model, temperature=options.temperature, weight=options.share),
+        mix=sc.OneOf((sc.Mixup(1.0), sc.CutMix(1.0))) if options.mixed else None,
         batches_per_epoch=steps, checkpoint=options.folder / name, on_epoch=told,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
@@ -116,17 +121,17 @@ def cut(model: nn.Module, groups: sc.Groups, data: sc.Data, options: argparse.Na
 
 def report(rows: list[dict[str, Any]]) -> None:
     """A line for each cut and way of training: means over seeds, and the sample standard deviation."""
-    print("| cut | epochs x highest rate | seeds | before | after | minutes |\n|" + "---|" * 6)
-    names = ("model", "cut", "epochs", "lr", "temperature", "share")
-    for kind in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        mine = [row for row in rows if tuple(row[name] for name in names) == kind]
+    print("| cut | epochs x highest rate | teacher's share | seeds | before | after | minutes |\n|" + "---|" * 7)
+    for kind in dict.fromkeys(tuple(row.get(name) for name in KIND) for row in rows):
+        mine = [row for row in rows if tuple(row.get(name) for name in KIND) == kind]
         cells = []
         for name in ("before", "accuracy"):
             values = [row[name] for row in mine]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         minutes = statistics.mean(row["train_seconds"] + row["cut_seconds"] for row in mine) / 60
-        print(f"| {kind[1]} | {kind[2]} x {kind[3]} | {len(mine)} | {cells[0]} | {cells[1]} | {minutes:.0f} |")
+        way = f"{kind[2]} x {kind[3]} | {kind[5]} at T = {kind[4]}{', mixed' if kind[6] else ''}"
+        print(f"| {kind[1]} | {way} | {len(mine)} | {cells[0]} | {cells[1]} | {minutes:.0f} |")
 
 
 if __name__ == "__main__":
