@@ -151,7 +151,7 @@ def bakeoff(
     out: Out = None,
     criteria: Annotated[str, typer.Option(help="Names with commas; all if left out.")] = "",
     scales: Annotated[str, typer.Option(help="For scores of all layers: none, mean, max, gaussian, lamp.")] = "none",
-    guides: Annotated[str, typer.Option(help="ranking, ranking-per-cost, knapsack, uniform.")] = "ranking",
+    guides: Annotated[str, typer.Option(help="ranking, ranking-per-cost, knapsack, sensitivity, uniform.")] = "ranking",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, on the same data.")] = 3,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; local starts one here.")] = None,
 ) -> None:

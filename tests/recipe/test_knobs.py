@@ -28,7 +28,7 @@ from secateur.recipe.parts import (
     StagePart,
 )
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
-from secateur.recipe.steps import Setting, State, TrainImages, prepare, take
+from secateur.recipe.steps import Drawn, Setting, State, prepare, take
 from secateur.zoo.data import Data
 
 NETWORK = """
@@ -210,7 +210,7 @@ def test_every_criterion_has_its_own_choice(network):
 def test_criteria_that_look_at_images_see_as_many_as_are_asked_for(network, criterion):
     def seen(images: int, seed: int = 0) -> list[Tensor]:
         recipe = Recipe(data=DATA, model=network, steps=(TRAIN,), seed=seed)
-        return [image for batch, _ in TrainImages(prepare(recipe)[0], images) for image in batch]
+        return [image for batch, _ in Drawn(prepare(recipe)[0], images) for image in batch]
 
     counts = [len(seen(images)) for images in (1, 64, 100, 10_000)]
     assert counts[:3] == [1, 64, 100]

@@ -9,7 +9,7 @@ from secateur.allocate.sensitivity import Curve, Sensitivity
 from secateur.errors import RunError
 from secateur.measure.sparsity import SparsityRow, SparsityTable
 from secateur.recover.history import EpochRow, History
-from secateur.report import plots
+from secateur.report import plots, style
 from secateur.report.ledger import ChannelRow, Ledger, RunRecord
 
 
@@ -66,7 +66,7 @@ def test_inline_svg_keeps_text_and_follows_the_page(demo):
 
 
 def test_ids_are_unique_over_all_pictures_and_widths(demo):
-    both = [plot.svg(width) for plot in plots.plots(demo) for width in (plots.WIDE, plots.NARROW)]
+    both = [plot.svg(width) for plot in plots.plots(demo) for width in (style.WIDE, style.NARROW)]
     ids = [found for svg in both for found in re.findall(r'\bid="([^"]*)"', svg)]
     used = {found for svg in both for found in re.findall(r'(?:href="#|url\(#)([^")]*)', svg)}
     assert len(ids) == len(set(ids))
@@ -106,7 +106,7 @@ def test_channel_bars_hold_before_and_after(layers):
 
 
 def test_width_turns_the_curves_below_each_other():
-    wide, narrow = (plots.draw_history(history([0.1] * 3), width) for width in (plots.WIDE, plots.NARROW))
+    wide, narrow = (plots.draw_history(history([0.1] * 3), width) for width in (style.WIDE, style.NARROW))
     assert wide.axes[0].get_gridspec().ncols == 2
     assert narrow.axes[0].get_gridspec().nrows == 2
 
@@ -135,6 +135,6 @@ def test_picture_has_the_format_and_width_asked_for():
     def draw(width):
         return plots.draw_sparsity(sparsity_table(3), width)
 
-    assert plots.picture(draw, "pdf").startswith(b"%PDF")
-    assert b'width="547.2pt"' in plots.picture(draw, "svg")
-    assert b'width="266.4pt"' in plots.picture(draw, "svg", plots.NARROW)
+    assert style.picture(draw, "pdf").startswith(b"%PDF")
+    assert b'width="547.2pt"' in style.picture(draw, "svg")
+    assert b'width="266.4pt"' in style.picture(draw, "svg", style.NARROW)

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from secateur.report.layout import to_text
-from secateur.report.plots import picture
 from secateur.report.standings import draw_standings, standings_tables
+from secateur.report.style import picture
 from secateur.search.bakeoff import Cell, Entrant, paired, rank
 
 ACCURACIES = {

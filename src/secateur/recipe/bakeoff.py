@@ -30,14 +30,14 @@ from secateur.recipe.beginning import begin
 from secateur.recipe.criteria import CRITERIA, SCALES, Unlabelled
 from secateur.recipe.run import RECIPE, TEST_BATCH, Progress, Status, process
 from secateur.recipe.schema import Cut, Recipe
-from secateur.recipe.steps import Setting, TrainImages, prepare, take
+from secateur.recipe.steps import Drawn, Setting, prepare, take
 from secateur.recover.statistics import reset_statistics
-from secateur.report.plots import picture
 from secateur.report.standings import draw_standings
+from secateur.report.style import picture
 from secateur.search.bakeoff import Cell, Entrant, Stage
 
 CELLS = "cells.jsonl"
-GUIDES = ("ranking", "ranking-per-cost", "knapsack", "uniform")
+GUIDES = ("ranking", "ranking-per-cost", "knapsack", "sensitivity", "uniform")
 RESET_IMAGES = 2048
 
 Run = Callable[[Recipe, Sequence[tuple[Entrant, int]]], Iterator[Cell]]
@@ -140,7 +140,7 @@ def measure_cell(rest: Recipe, entrant: Entrant, seed: int) -> Cell:
         macs, params = count_macs(state.model, images).per_image, count_params(state.model)
         found: dict[Stage, tuple[float, float]] = {"cut": _accuracies(state.model, setting)}
         renewed = copy.deepcopy(state.model)
-        if reset_statistics(renewed, Unlabelled(TrainImages(setting, RESET_IMAGES))):
+        if reset_statistics(renewed, Unlabelled(Drawn(setting, RESET_IMAGES))):
             found["reset"] = _accuracies(renewed, setting)
         for number in range(2, len(rest.steps) + 1):
             state, _ = take(number, state, setting)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.allocate.sensitivity import Sensitivity
 from secateur.codec.files import append_line
 from secateur.errors import RunError
 from secateur.measure.sparsity import SparsityTable
@@ -30,6 +31,7 @@ class Outcome:
         note: what to add in the ledger, or "".
         notes: whole sentences for the reader.
         sparsity: the zeros that a magnitude prune put, or would put, into each layer.
+        sensitivity: the loss with each group cut alone, where the cut went by it.
         channels: of each layer, before and after.
         frozen: what could not be cut.
         certificate: the checks of the proof.
@@ -40,6 +42,7 @@ class Outcome:
     note: str = ""
     notes: tuple[str, ...] = ()
     sparsity: SparsityTable | None = None
+    sensitivity: Sensitivity | None = None
     channels: tuple[ChannelRow, ...] = ()
     frozen: tuple[FrozenRow, ...] = ()
     certificate: tuple[CheckRow, ...] = ()
@@ -64,6 +67,7 @@ class Entry:
             "notes": list(outcome.notes),
             "row": self.row and self.row.to_json(),
             "sparsity": outcome.sparsity and outcome.sparsity.to_json(),
+            "sensitivity": outcome.sensitivity and outcome.sensitivity.to_json(),
             "channels": [asdict(row) for row in outcome.channels],
             "frozen": [asdict(row) for row in outcome.frozen],
             "certificate": [asdict(row) for row in outcome.certificate],
@@ -78,6 +82,7 @@ class Entry:
             note=value["note"],
             notes=tuple(value["notes"]),
             sparsity=value["sparsity"] and SparsityTable.from_json(value["sparsity"]),
+            sensitivity=value["sensitivity"] and Sensitivity.from_json(value["sensitivity"]),
             channels=tuple(ChannelRow(**row) for row in value["channels"]),
             frozen=tuple(FrozenRow(**row) for row in value["frozen"]),
             certificate=tuple(CheckRow(**row) for row in value["certificate"]),
@@ -125,6 +130,7 @@ def record(
         conditions=tuple(conditions),
         notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
         sparsity=next((found.sparsity for found in reversed(outcomes) if found.sparsity), None),
+        sensitivity=next((found.sensitivity for found in reversed(outcomes) if found.sensitivity), None),
         channels=_channels(outcomes),
         frozen=next((found.frozen for found in reversed(outcomes) if found.frozen), ()),
         certificate=tuple(check for outcome in outcomes for check in outcome.certificate),

@@ -25,7 +25,8 @@ from secateur.recipe.folder import load
 from secateur.recipe.reading import anchored, build, changed, read_recipe
 from secateur.recipe.schema import Recipe
 from secateur.report.ledger import Ledger, LedgerRow
-from secateur.report.plots import draw_sparsity, picture
+from secateur.report.plots import draw_sparsity
+from secateur.report.style import picture
 from secateur.zoo.data import load_data
 from secateur.zoo.models import build_model
 

@@ -31,7 +31,7 @@ from secateur.recipe.parts import (
 )
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Guide = Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack"]
+Guide = Literal["sparsity", "uniform", "ranking", "ranking-per-cost", "knapsack", "sensitivity"]
 Scale = Literal["none", "mean", "max", "gaussian", "lamp"]
 Runtime = Literal["eager", "compiled", "onnx"]
 Criterion = Literal[
@@ -130,10 +130,11 @@ class Cut(Part):
     `scale` makes scores of different layers comparable, for guides that compare them. `p` is the order of "magnitude",
     also where "batch-norm" finds no batch norm; criteria that look at images see so many `images` of train: "taylor",
     "fisher" and "relevance" with labels; "activation", "energy", "direction", "reconstruction" and "brain-surgeon"
-    without. A budget for latency goes by the times that each layer takes here in `runtime`, for one image: measured, or
-    read from the file `table` if it is there, and kept in it. `recover` gets accuracy back at once, without labels, on
-    `recover_images` of train: batch norm's "statistics" are estimated anew, or all layers are solved by "least-squares"
-    (`recover.reconstruct`).
+    without. The guide "sensitivity" cuts each group alone, by a quarter, half and three quarters, and takes the
+    loss on so many images held out. A budget for latency goes by the times that each layer takes here in `runtime`,
+    for one image: measured, or read from the file `table` if it is there, and kept in it. `recover` gets accuracy
+    back at once, without labels, on `recover_images` of train: batch norm's "statistics" are estimated anew, or all
+    layers are solved by "least-squares" (`recover.reconstruct`).
     """
 
     kind: Literal["cut"] = "cut"

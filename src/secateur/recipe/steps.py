@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from secateur.recipe.architecture import Architecture
 from secateur.recipe.criteria import scores_for
 from secateur.recipe.journal import Outcome
 from secateur.recipe.parts import BudgetPart, MovingPart
-from secateur.recipe.planning import how_much, plan_for, sparsity_for
+from secateur.recipe.planning import how_much, plan_for, sensitivity_for, sparsity_for
 from secateur.recipe.recovery import masks_for, recover, sparsified
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.timing import RUNTIMES, table_for
@@ -190,8 +190,10 @@ def _penalty(step: Train, number: int, state: State, setting: Setting) -> dict[s
         then = next((after for after in setting.recipe.steps[number:] if isinstance(after, Cut)), None)
         if then is None:
             raise RecipeError(f"step {number} penalises what the next cut would take, and no step after it cuts.")
-        images = TrainImages(setting, then.images)
-        plan = plan_for(then, model, scores_for(then, model, groups, setting.recipe.seed, images))
+        images = Drawn(setting, then.images)
+        scores = scores_for(then, model, groups, setting.recipe.seed, images)
+        sensitivity = sensitivity_for(then, model, scores, Drawn(setting, then.images, "validation"))
+        plan = plan_for(then, model, scores, sensitivity=sensitivity)
     return penalty_of(step.penalty, groups, plan)
 
 
@@ -208,7 +210,7 @@ def distils(recipe: Recipe) -> bool:
 
 def sparsify(step: Sparsify, state: State, setting: Setting) -> tuple[State, Outcome]:
     """Sets weights to zero; the masks stay in force for the training steps that follow."""
-    model, masks, notes = sparsified(step, state.model.eval(), TrainImages(setting, step.recover_images))
+    model, masks, notes = sparsified(step, state.model.eval(), Drawn(setting, step.recover_images))
     outcome = Outcome("sparsified", note=_how_sparse(step), notes=notes, sparsity=masks.table())
     return replace(state, model=model, masks=masks), outcome
 
@@ -220,14 +222,15 @@ def cut(step: Cut, state: State, setting: Setting, table: Path | None = None) ->
     """
     model, example = state.model.eval(), setting.data.example(2 if step.latency is None else 1, setting.device)
     groups = find_groups(model, example)
-    scores = scores_for(step, model, groups, setting.seed, TrainImages(setting, step.images))
+    scores = scores_for(step, model, groups, setting.seed, Drawn(setting, step.images))
     times = None if step.latency is None else table_for(step, model, groups, example, table)
-    plan = plan_for(step, model, scores, times)
+    sensitivity = sensitivity_for(step, model, scores, Drawn(setting, step.images, "validation"))
+    plan = plan_for(step, model, scores, times, sensitivity)
     smaller = apply(model, plan)
     certificate = certify(model, smaller, plan, example)
     if not certificate.ok:
         raise ProofError(certificate.sentence)
-    found = recover(step, model, smaller, plan, TrainImages(setting, step.recover_images))
+    found = recover(step, model, smaller, plan, Drawn(setting, step.recover_images))
     slow = () if times is None else why_not_faster(times, plan)[:REASONS]
     notes = (certificate.sentence, *slow, *found, *(() if state.masks is None else (MASKS_END,)))
     outcome = Outcome(
@@ -235,6 +238,7 @@ def cut(step: Cut, state: State, setting: Setting, table: Path | None = None) ->
         note=how_much(step),
         notes=notes,
         sparsity=sparsity_for(step, model),
+        sensitivity=sensitivity,
         channels=tuple(ChannelRow(*row) for row in plan.channels()),
         frozen=tuple(FrozenRow(axis.tensor, axis.reason) for axis in groups.frozen),
         certificate=tuple(CheckRow(*row) for row in certificate.rows()),
@@ -253,16 +257,17 @@ MASKS_END = (
 
 
 @dataclass(frozen=True)
-class TrainImages:
-    """`count` images of the train split with their labels, drawn with the setting's seed; all, if there are no more."""
+class Drawn:
+    """`count` images of a split with their labels, drawn with the setting's seed; all, if there are no more."""
 
     setting: Setting
     count: int
+    split: Literal["train", "validation"] = "train"
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         setting, left = self.setting, self.count
         size = min(setting.recipe.data.batch_size, left)
-        for images, labels in setting.data.batches("train", size, shuffle=setting.seed, device=setting.device):
+        for images, labels in setting.data.batches(self.split, size, shuffle=setting.seed, device=setting.device):
             yield images[:left], labels[:left]
             left -= len(labels)
             if left <= 0:
@@ -280,6 +285,8 @@ def _rehearse(recipe: Recipe, model: nn.Module, data: Data) -> None:
             if step.latency is not None:
                 RUNTIMES[step.runtime](model.eval(), batches[0][0][:1])
                 step = step.model_copy(update={"budget": BudgetPart(macs=1.0)})
+            elif step.guide == "sensitivity":
+                step = step.model_copy(update={"guide": "ranking"})
             plan_for(step, model, scores_for(step, model, groups, recipe.seed, batches))
             masks = None
         elif isinstance(step, Sparsify):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.allocate.sensitivity import Sensitivity
 from secateur.errors import RunError
 from secateur.measure.latency import Latency
 from secateur.measure.measurement import Measurement
@@ -189,6 +190,7 @@ class RunRecord:
         conditions: pairs of (name, value): versions, threads, device, seed, data and the sizes of its parts.
         notes: whole sentences that the reader should know.
         sparsity: zeros of each layer, as the magnitude prune found them.
+        sensitivity: the loss with each group cut alone, as the last cut that went by it measured it.
         channels: channels before and after, in the order of the model.
         frozen: what could not be cut.
         certificate: the checks of the proof.
@@ -207,6 +209,7 @@ class RunRecord:
     conditions: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     sparsity: SparsityTable | None = None
+    sensitivity: Sensitivity | None = None
     channels: tuple[ChannelRow, ...] = ()
     frozen: tuple[FrozenRow, ...] = ()
     certificate: tuple[CheckRow, ...] = ()
@@ -227,6 +230,7 @@ class RunRecord:
             "conditions": [list(pair) for pair in self.conditions],
             "notes": list(self.notes),
             "sparsity": None if self.sparsity is None else self.sparsity.to_json(),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json(),
             "channels": [asdict(row) for row in self.channels],
             "frozen": [asdict(row) for row in self.frozen],
             "certificate": [asdict(row) for row in self.certificate],
@@ -254,6 +258,7 @@ class RunRecord:
                 conditions=tuple((str(name), str(text)) for name, text in value["conditions"]),
                 notes=tuple(str(note) for note in value["notes"]),
                 sparsity=None if value["sparsity"] is None else SparsityTable.from_json(value["sparsity"]),
+                sensitivity=None if value["sensitivity"] is None else Sensitivity.from_json(value["sensitivity"]),
                 channels=tuple(ChannelRow(**row) for row in value["channels"]),
                 frozen=tuple(FrozenRow(**row) for row in value["frozen"]),
                 certificate=tuple(CheckRow(**row) for row in value["certificate"]),

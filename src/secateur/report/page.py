@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.codec.files import write_text
-from secateur.report import plots, tables
+from secateur.report import plots, style, tables
 from secateur.report.layout import to_html, to_text
 from secateur.report.ledger import RunRecord
 
@@ -59,7 +59,7 @@ def page_html(record: RunRecord) -> str:
         plots=pictures,
         training=trained,
         failed=[row for row in record.certificate if not row.passed],
-        palette=plots.PALETTE,
+        palette=style.PALETTE,
         to_html=to_html,
     )
 
@@ -96,8 +96,8 @@ class _Drawn:
     def __init__(self, plot: plots.Plot) -> None:
         self.caption = plot.caption
         # matplotlib has escaped the texts in its SVG already.
-        self.wide = Markup(plot.svg(plots.WIDE))
-        self.narrow = Markup(plot.svg(plots.NARROW))
+        self.wide = Markup(plot.svg(style.WIDE))
+        self.narrow = Markup(plot.svg(style.NARROW))
 
 
 def _tables(record: RunRecord) -> dict[str, Any]:

@@ -1,23 +1,19 @@
 """The pictures of a report, drawn by matplotlib from records; no global state of pyplot is touched.
 
 `plots` gives every picture that a record has data for; `Plot.svg` is the page's inline SVG at any width, coloured
-by CSS variables, and `save_plots` writes .svg and .png files. The same record gives the same bytes: ids are hashed
-with a fixed salt, text stays text, and no date is written.
+by CSS variables, and `save_plots` writes .svg and .png files.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -28,49 +24,9 @@ from secateur.measure.sparsity import SparsityTable
 from secateur.recover.history import EpochRow, History
 from secateur.report import numbers
 from secateur.report.ledger import ChannelRow, Ledger, RunRecord
+from secateur.report.style import ACCENT, INK, MUTED, PALE, PALETTE, WARM, WIDE, new_figure, picture, with_dark
 
-WIDE, NARROW = 7.6, 3.7
 NAMED_LAYERS = 24
-INK, MUTED, LINE, ACCENT, PALE, WARM = "#4a5560", "#74808c", "#d4dadf", "#1f7a5c", "#c3cbd1", "#b4691f"
-# Name of each colour, as it is on white and on black.
-PALETTE = MappingProxyType(
-    {
-        "ink": (INK, "#c9d2da"),
-        "muted": (MUTED, "#93a0ab"),
-        "line": (LINE, "#343d46"),
-        "accent": (ACCENT, "#4fbf95"),
-        "pale": (PALE, "#4b5763"),
-        "warm": (WARM, "#e0a05e"),
-    }
-)
-STYLE: MappingProxyType[Any, Any] = MappingProxyType(
-    {
-        "text.parse_math": False,
-        "svg.hashsalt": "secateur",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 9.0,
-        "text.color": INK,
-        "axes.edgecolor": LINE,
-        "axes.labelcolor": MUTED,
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 9.5,
-        "axes.titlelocation": "left",
-        "axes.axisbelow": True,
-        "xtick.color": LINE,
-        "ytick.color": LINE,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "grid.color": LINE,
-        "grid.linewidth": 0.6,
-        "lines.linewidth": 1.6,
-        "lines.solid_capstyle": "round",
-        "figure.facecolor": "none",
-    }
-)
-
 
 @dataclass(frozen=True)
 class Plot:
@@ -95,7 +51,7 @@ class Plot:
 
 
 def plots(record: RunRecord) -> tuple[Plot, ...]:
-    """The pictures that the record has data for: ledger, channels, sparsity, and one for each training run.
+    """The pictures that the record has data for: ledger, channels, sparsity, sensitivity, one for each training run.
 
     >>> plots(RunRecord("tiny", "2024-05-01", Ledger(())))
     ()
@@ -111,6 +67,10 @@ def plots(record: RunRecord) -> tuple[Plot, ...]:
     if sparsity is not None and sparsity.rows:
         caption = "Share of zeros in each layer, in the order of the model."
         found.append(Plot("sparsity", caption, lambda width: draw_sparsity(sparsity, width)))
+    sensitivity = record.sensitivity
+    if sensitivity is not None and sensitivity.curves:
+        caption = "Loss on held-out images when one group alone is cut, its lowest scores first; a line for each group."
+        found.append(Plot("sensitivity", caption, lambda width: draw_sensitivity(sensitivity, width)))
     for number, (name, history) in enumerate(record.histories, start=1):
         if history.rows:
             found.append(_training_plot(number, name, history))
@@ -120,7 +80,7 @@ def plots(record: RunRecord) -> tuple[Plot, ...]:
 def save_plots(record: RunRecord, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Writes each picture as NAME.svg (light or dark, as the screen is) and NAME.png (on white) into a folder.
 
-    The names are ledger, channels, sparsity, and training-1, training-2, ... Returns the paths.
+    The names are ledger, channels, sparsity, sensitivity, and training-1, training-2, ... Returns the paths.
 
     Raises:
         RunError: the folder is missing or may not be written, or the disk is full.
@@ -131,31 +91,10 @@ def save_plots(record: RunRecord, folder: str | os.PathLike[str]) -> tuple[Path,
     written = []
     for plot in plots(record):
         base = Path(folder) / plot.name
-        write_text(base.with_suffix(".svg"), _with_dark(picture(plot.draw, "svg").decode()))
+        write_text(base.with_suffix(".svg"), with_dark(picture(plot.draw, "svg").decode()))
         write_bytes(base.with_suffix(".png"), picture(plot.draw, "png"))
         written += [base.with_suffix(".svg"), base.with_suffix(".png")]
     return tuple(written)
-
-
-def picture(draw: Callable[[float], Figure], form: str, width: float = WIDE) -> bytes:
-    """One drawing as the bytes of a file, always in the report's style.
-
-    Args:
-        draw: makes the figure, given its width in inches.
-        form: "svg", "png" or another format of matplotlib; all but SVG are on white.
-        width: in inches.
-
-    >>> picture(lambda width: draw_channels([ChannelRow("conv", 64, 48)], width), "png")[1:4]
-    b'PNG'
-    """
-    out = io.BytesIO()
-    options: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"facecolor": "white", "dpi": 200}
-    with matplotlib.rc_context():
-        # A user's own matplotlibrc must not change the report.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        draw(width).savefig(out, format=form, **options)
-    return out.getvalue()
 
 
 def draw_sparsity(table: SparsityTable, width: float = WIDE) -> Figure:
@@ -167,7 +106,7 @@ def draw_sparsity(table: SparsityTable, width: float = WIDE) -> Figure:
     """
     shares = [row.sparsity for row in table.rows]
     named = len(shares) <= NAMED_LAYERS and width >= WIDE
-    figure = _figure(width, 3.6 if named else 2.9)
+    figure = new_figure(width, 3.6 if named else 2.9)
     axes = figure.subplots()
     axes.axhline(table.sparsity, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     size = 5 if len(shares) <= 30 else 3
@@ -190,7 +129,7 @@ def draw_sensitivity(sensitivity: Sensitivity, width: float = WIDE) -> Figure:
     >>> len(draw_sensitivity(Sensitivity(1.0, ())).axes)
     1
     """
-    figure = _figure(width, 2.9)
+    figure = new_figure(width, 2.9)
     axes = figure.subplots()
     curves = sorted((curve for curve in sensitivity.curves if curve.gone), key=lambda curve: curve.losses[-1])
     for curve in curves:
@@ -214,7 +153,7 @@ def draw_channels(channels: Sequence[ChannelRow], width: float = WIDE) -> Figure
     after, before = [row.after for row in channels], [row.before for row in channels]
     places = range(len(channels))
     if len(channels) > NAMED_LAYERS:
-        figure = _figure(width, 2.9)
+        figure = new_figure(width, 2.9)
         axes = figure.subplots()
         axes.bar(places, before, width=0.86, color=PALE)
         axes.bar(places, after, width=0.86, color=ACCENT)
@@ -224,7 +163,7 @@ def draw_channels(channels: Sequence[ChannelRow], width: float = WIDE) -> Figure
         axes.grid(axis="y")
         _layer_axis(axes, None, len(channels))
         return figure
-    figure = _figure(width, 0.55 + 0.235 * len(channels))
+    figure = new_figure(width, 0.55 + 0.235 * len(channels))
     axes = figure.subplots()
     axes.barh(places, before, height=0.66, color=PALE)
     axes.barh(places, after, height=0.66, color=ACCENT)
@@ -249,7 +188,7 @@ def draw_history(history: History, width: float = WIDE) -> Figure:
     ['loss', 'accuracy']
     """
     beside = width >= WIDE
-    figure = _figure(width, 2.9 if beside else 5.2)
+    figure = new_figure(width, 2.9 if beside else 5.2)
     left, right = figure.subplots(1, 2) if beside else figure.subplots(2, 1)
     best, rows = history.best, history.rows
     _curves(left, rows, [r.train_loss for r in rows], [r.validation_loss for r in rows])
@@ -274,7 +213,7 @@ def draw_ledger(ledger: Ledger, width: float = WIDE) -> Figure:
     steps = [_short(row.step, 22) for row in ledger.rows]
     columns = len(panels) if width >= WIDE else min(2, len(panels))
     lines = -(-len(panels) // max(columns, 1))
-    figure = _figure(width, (0.55 + 0.28 * len(steps)) * max(lines, 1))
+    figure = new_figure(width, (0.55 + 0.28 * len(steps)) * max(lines, 1))
     for index, (title, values, labels) in enumerate(panels):
         axes = figure.add_subplot(lines, columns, index + 1)
         places = range(len(values))
@@ -383,18 +322,3 @@ def _short(name: str, limit: int = 22) -> str:
     """The end of a long dotted name says more than its beginning."""
     name = name.removesuffix(".weight")
     return name if len(name) <= limit else "…" + name[1 - limit :]
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _with_dark(svg: str) -> str:
-    """The picture with its colours for a dark screen, for viewers that know of them."""
-    rules = "".join(
-        f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
-        for light, dark in PALETTE.values()
-        for kind in ("fill", "stroke")
-    )
-    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
-    return svg.replace("</svg>", f"{style}</svg>", 1)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from secateur.report import numbers
 from secateur.report.layout import Cell, Table, align
-from secateur.report.plots import ACCENT, INK, MUTED, WIDE
+from secateur.report.style import ACCENT, INK, MUTED, WIDE
 from secateur.search.bakeoff import STAGES, Stage, Standing, rank
 from secateur.search.bakeoff import Cell as Measured
 
