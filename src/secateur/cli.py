@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["resume", "nowhere"])
     2
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:  # started by torchrun
+    if _several():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what it was asked for
         from secateur.recipe.together import one_of_several
 
-        return one_of_several(partial(_main, arguments))
+        one_of_several(partial(_main, arguments))
     return _main(arguments)
 
 

@@ -29,8 +29,8 @@ MOMENT_S = 2.0
 """In which torchrun ends a process that failed only because another one did."""
 
 
-def one_of_several(command: Callable[[], int]) -> int:
-    """Runs the command if this is the first process, else what that calls this one to; returns the exit code.
+def one_of_several(command: Callable[[], int]) -> NoReturn:
+    """Runs the command if this is the first process, else what that calls this one to; ends with its exit code.
 
     With another exit code than 0 this process ends at once, without waiting for connections to the others.
     """
@@ -39,10 +39,7 @@ def one_of_several(command: Callable[[], int]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         join()
-        if rank():
-            _follow()
-            return 0
-        code = command()
+        code = _follow() if rank() else command()
     except SecateurError as error:
         if rank():
             time.sleep(2 * MOMENT_S)
@@ -54,12 +51,14 @@ def one_of_several(command: Callable[[], int]) -> int:
         _end(1)
     if code:
         _end(code)
-    call(None)
+    if not rank():
+        call(None)
     leave()
-    return 0
+    # Gloo's threads may still hold tensors, and one that lets go of them while Python ends aborts the process.
+    _end(0)
 
 
-def _follow() -> None:
+def _follow() -> int:
     """Takes part in every training step that the first process begins, until that is done."""
     setting: Setting | None = None
     recipe: Recipe | None = None
@@ -70,7 +69,7 @@ def _follow() -> None:
             if setting is None or asked != recipe:
                 setting, recipe = prepare(asked)[0], asked
             take_part(folder, number, setting)
-    leave()
+    return 0
 
 
 def _end(code: int) -> NoReturn:
