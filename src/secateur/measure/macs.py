@@ -3,7 +3,7 @@
 One fused multiply-add is one MAC. The ops are those that the model really executes, recorded on tensors
 without values (`secateur.graph.capture`), so even a large model is counted in seconds. The formulas are those
 of `torch.utils.flop_counter`, halved, for it counts a multiplication and an addition as two; a few that it
-lacks stand in `FORMULAS`.
+lacks, in some version, stand in `FORMULAS`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def _experts_macs(rows: Tensor, experts: Tensor, *_: Any, **__: Any) -> int:
     return rows.shape[0] * rows.shape[1] * experts.shape[-1]
 
 
+def _attention_macs(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> int:
+    """(..., i, k), (..., j, k), (..., j, d)."""
+    return prod(queries.shape[:-1]) * keys.shape[-2] * (keys.shape[-1] + values.shape[-1])
+
+
 def _deformed_macs(images: Tensor, weight: Tensor, offset: Tensor, *_: Any) -> int:
     return images.shape[0] * prod(offset.shape[2:]) * weight.numel()
 
@@ -55,6 +60,7 @@ FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
         aten.addmv: _added_vector_macs,
         aten.mkldnn_rnn_layer: _recurrent_macs,
         aten._grouped_mm: _experts_macs,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_macs,
     }
 )
 
