@@ -1,6 +1,7 @@
 """Runs of training that must come out alike in one process and in several: `torchrun tests/together.py OUT`.
 
 Each case trains for 50 steps at most, on batches of 15 images and a last one of 5 or fewer, so that slices are uneven.
+In float64, for training makes rounding grow, by another factor on every machine.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Net(nn.Module):
         self.hidden = nn.Linear(128, 12, bias=not flat)
         self.norm = nn.BatchNorm1d(12, momentum=None) if flat else nn.Identity()
         self.head, self.unused = nn.Linear(12, 4), nn.Linear(3, 3)
+        self.double()
 
     def forward(self, images: Tensor) -> Tensor:
         images = checkpoint(self.first, images, use_reentrant=False) if self.recomputed else self.first(images)
@@ -71,7 +73,7 @@ class BrokenOffError(Exception):
 def batches(seed: int, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(seed)
     for size in sizes:
-        images = torch.randn(size, 3, 8, 8, generator=draw)
+        images = torch.randn(size, 3, 8, 8, generator=draw, dtype=torch.float64)
         yield images, (images.mean((1, 2, 3)) * 30 + 2).round().long().clamp(0, 3)
 
 
@@ -114,11 +116,12 @@ def rich(net: nn.Module | None = None, **options: Any) -> Result:
 
 def taught() -> Result:
     whole = Net(1, rough=False).eval()
-    groups = sc.find_groups(whole, torch.zeros(1, 3, 8, 8))
+    example = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    groups = sc.find_groups(whole, example)
     plan = sc.allocate(sc.score(whole, groups, sc.Magnitude()), sc.Uniform(0.5))
     net = sc.apply(whole, plan)
     lesson = Distillation(whole, matches=(Features(plan, ("first.0", "second.0")), Attention(("second.0",), 10.0)))
-    lasso = GroupLasso(sc.find_groups(net, torch.zeros(1, 3, 8, 8)))
+    lasso = GroupLasso(sc.find_groups(net, example))
     return train(net, distill=lesson, penalty=lasso, strength=1e-3, rate=0.01)
 
 

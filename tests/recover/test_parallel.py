@@ -53,7 +53,7 @@ def read(path: Path) -> Result:
         return Result(said["losses"], said["rows"], said["best"], {name: file.get_tensor(name) for name in names})
 
 
-def assert_alike(found: Result, alone: Result, within: float = 1e-5) -> None:
+def assert_alike(found: Result, alone: Result, within: float = 1e-9) -> None:
     """The curves, the rows and what is left of the model, to rounding."""
     assert len(found.losses) == len(alone.losses)
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(alone.losses), rtol=0, atol=within)
@@ -61,7 +61,7 @@ def assert_alike(found: Result, alone: Result, within: float = 1e-5) -> None:
     assert found.best == alone.best
     assert list(found.state) == sorted(alone.state)
     for name, tensor in alone.state.items():
-        torch.testing.assert_close(found.state[name], tensor, rtol=1e-3, atol=20 * within, msg=name)
+        torch.testing.assert_close(found.state[name], tensor, rtol=1e-6, atol=20 * within, msg=name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +113,7 @@ def test_slices_cover_a_batch() -> None:
 
 
 def test_one_process_is_left_as_it_is() -> None:
-    net, images = together.Net().train(), torch.randn(6, 3, 8, 8)
+    net, images = together.Net().train(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
     torch.manual_seed(1)
     there = net(images)
     torch.manual_seed(1)
