@@ -316,10 +316,10 @@ def test_where_the_images_come_from_and_how_they_are_normalised(tmp_path, networ
 @pytest.mark.parametrize(
     ("verb", "part", "field", "value"),
     [
-        ("load_data", DATA, "label", "fine_label"),
-        ("load_data", DATA, "folder", "elsewhere"),
-        ("load_data", DATA, "download", True),
-        ("build_model", ModelPart(source="torchvision:resnet18"), "pretrained", True),
+        ("unlabelled.load_data", DATA, "label", "fine_label"),
+        ("unlabelled.load_data", DATA, "folder", "elsewhere"),
+        ("unlabelled.load_data", DATA, "download", True),
+        ("steps.build_model", ModelPart(source="torchvision:resnet18"), "pretrained", True),
     ],
 )
 def test_what_would_need_the_network_is_handed_on(monkeypatch, verb, part, field, value):
@@ -329,7 +329,7 @@ def test_what_would_need_the_network_is_handed_on(monkeypatch, verb, part, field
     def note(*arguments: object, **options: object) -> None:
         raise Seen(repr(options[field]))
 
-    monkeypatch.setattr(f"secateur.recipe.steps.{verb}", note)
+    monkeypatch.setattr(f"secateur.recipe.{verb}", note)
     for given in (part, changed(part, field, value)):
         parts = {"data": DATA, "model": ModelPart(source="x"), ("data" if part is DATA else "model"): given}
         with pytest.raises(Seen, match=f"^{getattr(given, field)!r}$"):

@@ -50,6 +50,7 @@ DISTILLATIONS: tuple[tuple[str, Any], ...] = (
     ("weight", 0.3),
     ("attention", ("2",)),
     ("attention_weight", 10.0),
+    ("unlabelled", "digits"),
 )
 
 

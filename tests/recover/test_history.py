@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.errors import RunError, TrainingError
-from secateur.recover.history import EpochRow, History, Tally, better
+from secateur.recover.history import EpochRow, History, better
 from secateur.recover.objective import label_loss
+from secateur.recover.tally import Tally
 
 
 def row(epoch: int, accuracy: float, loss: float) -> EpochRow:

@@ -15,6 +15,7 @@ from secateur.allocate.plan import Plan
 from secateur.errors import TrainingError, UnknownName
 from secateur.recover.distillation import Attention, Distillation, Features, teacher_logits
 from secateur.recover.mixing import Mixup
+from secateur.recover.objective import UNLABELLED
 from training import assert_same_weights, batches, one_epoch, plain_epoch, tune
 
 
@@ -84,6 +85,34 @@ def test_logits(temperature: float, weight: float) -> None:
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     assert not any(module._forward_hooks for module in student.modules())
+
+
+@pytest.mark.parametrize("mix", [None, Mixup(0.4)])
+def test_images_without_a_label_are_judged_by_the_teacher_alone(mix: Any) -> None:
+    teacher, student, _ = cut()
+    replica, frozen = copy.deepcopy(student), copy.deepcopy(teacher).eval()
+    hidden = [(images, labels.index_fill(0, torch.arange(4, 16), UNLABELLED)) for images, labels in batches(100)]
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        mixed = None if mix is None else mix(images)
+        outputs = replica(images if mixed is None else mixed.images)
+        with torch.no_grad():
+            taught = frozen(images if mixed is None else mixed.images)
+        logs = torch.log_softmax(outputs, 1)
+        other, share = (range(16), 1.0) if mixed is None else (mixed.other.tolist(), mixed.share)
+        own = sum(-share * logs[i, labels[i]] for i in range(4))
+        own = own + sum(-(1 - share) * logs[i, labels[j]] for i, j in enumerate(other) if j < 4)
+        return 0.4 * own / 16 + 0.6 * kl(outputs, taught, 4.0)
+
+    plain = plain_epoch(replica, torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9), loss)
+    torch.manual_seed(3)
+    lesson = Distillation(teacher, weight=0.6)
+    (row,) = tune(student, train=lambda epoch: hidden, stages=[sc.Stage(0.1, 1)], distill=lesson, mix=mix).rows
+    assert row.train_loss == pytest.approx(plain, rel=1e-6)
+    assert_same_weights(student, replica, 1e-5)
+    assert row.train_accuracy * 16 == round(row.train_accuracy * 16)  # 4 of each batch have a label
+    with pytest.raises(TrainingError, match="there is the label -100, and the model has 3 outputs"):
+        tune(student, train=lambda epoch: hidden)
 
 
 @pytest.mark.parametrize("mix", [None, Mixup(0.4)])

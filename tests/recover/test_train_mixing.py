@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from secateur.errors import TrainingError
 from secateur.recover.mixing import CutMix, Mixed, Mixup, OneOf
+from secateur.recover.objective import label_loss
 from training import assert_same_weights, network, one_epoch, plain_epoch
 
 
@@ -66,11 +67,13 @@ def test_boxes_fall_everywhere_and_cover_the_share_that_is_drawn() -> None:
     assert hits.min() > 10
 
 
-def test_soft_labels_have_both_shares() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_both_labels_have_their_shares_in_the_loss(smoothing: float) -> None:
     mixed = Mixed(torch.zeros(3, 1), torch.tensor([1, 2, 0]), 0.7)
-    labels = torch.tensor([0, 3, 0])
-    expected = torch.tensor([[0.7, 0, 0, 0.3], [0.3, 0, 0, 0.7], [1.0, 0, 0, 0]])
-    torch.testing.assert_close(mixed.targets(labels, 4), expected)
+    labels, outputs = torch.tensor([0, 3, 0]), torch.randn(3, 4)
+    shares = torch.tensor([[0.7, 0, 0, 0.3], [0.3, 0, 0, 0.7], [1.0, 0, 0, 0]])
+    expected = functional.cross_entropy(outputs, shares, label_smoothing=smoothing)
+    torch.testing.assert_close(label_loss(outputs, labels, smoothing, mixed), expected)
     assert mixed.main(labels).tolist() == [0, 3, 0]
     assert Mixed(mixed.images, mixed.other, 0.2).main(labels).tolist() == [3, 0, 0]
 

@@ -123,7 +123,9 @@ class StagePart(Part):
 class DistillPart(Part):
     """Learn from the model that the recipe begins with, as its report first measures it (`recover.distillation`).
 
-    `attention` names layers whose maps are matched too, with `attention_weight`.
+    `attention` names layers whose maps are matched too, with `attention_weight`. `unlabelled` is another data set, as
+    `source` of the data: as many images of its train part are added to each batch, which the teacher alone judges. What
+    it says of images that it has not been trained on tells more than what it says of those that it knows by heart.
     """
 
     teacher: Literal["original"] = "original"
@@ -131,6 +133,7 @@ class DistillPart(Part):
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     attention: tuple[str, ...] = ()
     attention_weight: Annotated[float, Field(gt=0)] = 1000.0
+    unlabelled: str | None = None
 
 
 class PenaltyPart(Part):

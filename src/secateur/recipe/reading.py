@@ -25,7 +25,7 @@ from secateur.recipe.parts import (
     PenaltyPart,
     StagePart,
 )
-from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
+from secateur.recipe.schema import Cut, Recipe, Sparsify, Step, Train
 
 KINDS = (Train, Sparsify, Cut)
 NAMES = tuple((kind.model_fields["kind"].default, kind) for kind in KINDS)
@@ -132,19 +132,26 @@ def anchored(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: str | None) -> str | None:
         return None if path is None else str((folder / Path(path).expanduser()).absolute())
 
+    def images(source: str) -> str:
+        scheme, _, rest = source.partition(":")
+        return f"{scheme}:{absolute(rest)}" if scheme in PATH_SCHEMES and rest else source
+
+    def anchor(step: Step) -> Step:
+        if isinstance(step, Cut):
+            return step.model_copy(update={"table": absolute(step.table)})
+        if not isinstance(step, Train) or step.distill is None or step.distill.unlabelled is None:
+            return step
+        distill = step.distill.model_copy(update={"unlabelled": images(step.distill.unlabelled)})
+        return step.model_copy(update={"distill": distill})
+
     data, model = recipe.data, recipe.model
-    scheme, _, rest = data.source.partition(":")
-    source = f"{scheme}:{absolute(rest)}" if scheme in PATH_SCHEMES and rest else data.source
     file, _, factory = model.source.rpartition(":")
     network = f"{absolute(file)}:{factory}" if file.endswith(".py") else model.source
     return recipe.model_copy(
         update={
-            "data": data.model_copy(update={"source": source, "folder": absolute(data.folder)}),
+            "data": data.model_copy(update={"source": images(data.source), "folder": absolute(data.folder)}),
             "model": model.model_copy(update={"source": network, "weights": absolute(model.weights)}),
-            "steps": tuple(
-                step.model_copy(update={"table": absolute(step.table)}) if isinstance(step, Cut) else step
-                for step in recipe.steps
-            ),
+            "steps": tuple(anchor(step) for step in recipe.steps),
         }
     )
 

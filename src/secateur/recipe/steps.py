@@ -7,8 +7,8 @@ show (`Outcome`). It knows nothing of folders but where a training step keeps it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from secateur.recipe.recovery import masks_for, recover, sparsified
 from secateur.recipe.schema import Cut, Recipe, Sparsify, Train
 from secateur.recipe.timing import RUNTIMES, table_for
 from secateur.recipe.training import Batch, distillation_of, fixed_logits, options_of, penalty_of, reader
+from secateur.recipe.unlabelled import beside, images_of
 from secateur.recover.history import EpochRow
 from secateur.recover.parallel import own_device
 from secateur.recover.train import fine_tune
@@ -37,7 +38,8 @@ from secateur.report.ledger import ChannelRow, CheckRow, FrozenRow
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply
 from secateur.surgery.masks import Masks, find_masks, find_zeros
-from secateur.zoo.data import Data, load_data
+from secateur.zoo.data import Data
+from secateur.zoo.images import Images
 from secateur.zoo.models import build_model
 
 
@@ -52,6 +54,7 @@ class Setting:
         trained: whether the model came with weights worth measuring.
         notes: what data and model had to say.
         seed: of what the steps draw; the recipe's, which also parts the data.
+        unlabelled: images that only a teacher judges, by the name of their data set.
     """
 
     recipe: Recipe
@@ -60,6 +63,7 @@ class Setting:
     trained: bool
     notes: tuple[str, ...]
     seed: int
+    unlabelled: Mapping[str, Images] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,7 @@ class State:
 def prepare(recipe: Recipe) -> tuple[Setting, State]:
     """Reads the data and builds the model; raises what is wrong with either, before anything is written."""
     device = _device(recipe.device)
-    part = recipe.data
-    data = load_data(
-        part.source,
-        validation=part.validation,
-        seed=recipe.seed,
-        image_size=part.image_size,
-        label=part.label,
-        folder=part.folder,
-        normalise=part.normalise,
-        download=part.download,
-    )
+    data, unlabelled, notes = images_of(recipe)
     network = recipe.model
     built = build_model(
         network.source, classes=len(data.classes), weights=network.weights, pretrained=network.pretrained
@@ -96,7 +90,8 @@ def prepare(recipe: Recipe) -> tuple[Setting, State]:
     _rehearse(recipe, built.model, data)
     # A network that a recipe begins by training has nothing to lose yet: measuring it would flatter the run.
     trained = network.weights is not None or not isinstance(recipe.steps[0], Train)
-    setting = Setting(recipe, data, device, trained, (*data.notes, *built.notes), recipe.seed)
+    notes = (*data.notes, *built.notes, *notes)
+    setting = Setting(recipe, data, device, trained, notes, recipe.seed, unlabelled)
     architecture = Architecture(built.spec, len(data.classes), {}, uncut=tensor_shapes(built.model))
     state = State(built.model.to(device).eval(), architecture)
     return setting, _with_original(state, setting) if trained else state
@@ -155,8 +150,14 @@ def train(
     table = fixed_logits(step, augment, state.original, data, device)
     read = reader(data, device, numbered=table is not None)
 
+    others = None if step.distill is None else setting.unlabelled.get(step.distill.unlabelled or "")
+
     def batches(epoch: int) -> Iterator[Batch]:
-        return itertools.islice(read("train", size, shuffle=first_seed + epoch, augment=augment), count)
+        given = itertools.islice(read("train", size, shuffle=first_seed + epoch, augment=augment), count)
+        if others is None:
+            return given
+        more, seed = replace(data, train=others).batches, first_seed + 50_000 + epoch
+        return beside(given, lambda n: more("train", size, shuffle=seed + 1000 * n, augment=augment, device=device))
 
     history = fine_tune(
         state.model,

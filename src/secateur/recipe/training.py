@@ -77,7 +77,7 @@ def fixed_logits(
 ) -> Tensor | None:
     """The teacher's logits for all training images, where these are the same in every epoch; else None."""
     changing = augment or step.mixup is not None or step.cutmix is not None
-    if step.distill is None or teacher is None or step.distill.attention or changing:
+    if step.distill is None or teacher is None or step.distill.attention or step.distill.unlabelled or changing:
         return None
     every = data.batches("train", 256, device=device, channels_last=step.channels_last)
     return teacher_logits(teacher, every, device=device, bf16=step.bf16)

@@ -1,20 +1,16 @@
 """What a training run did: one row per epoch, and which epoch was best.
 
 `EpochRow` and `History` are plain records of numbers: they go to JSON and back unchanged, so the checkpoint,
-the run folder and the report all keep the same thing. The rule for the best epoch stands here, once. `Tally`
-gathers the figures of a row, batch by batch, without making the processor wait for the device.
+the run folder and the report all keep the same thing. The rule for the best epoch stands here, once; `tally.py`
+gathers the figures of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from secateur.errors import RunError, TrainingError
 
@@ -29,7 +25,7 @@ class EpochRow:
         train_loss: mean over the epoch's images of the loss that was minimised (label smoothing, distillation and
             penalty included; weight decay and proximal steps not), in training mode, while the weights were changing.
         train_accuracy: fraction in [0, 1] of those images that were classified correctly, likewise; of a mixed image
-            the label with the larger share counts.
+            the label with the larger share counts, and images without a label do not.
         validation_loss: mean cross-entropy over the validation images, in evaluation mode, without smoothing; of the
             averaged weights, where they are averaged.
         validation_accuracy: fraction in [0, 1], likewise.
@@ -127,72 +123,3 @@ def better(row: EpochRow, other: EpochRow) -> bool:
     if row.validation_accuracy == other.validation_accuracy:
         return row.validation_loss < other.validation_loss
     return row.validation_accuracy > other.validation_accuracy
-
-
-class Tally:
-    """Loss and hits over the batches of one epoch; they wait on the device until `every` are read at once.
-
-    Reading makes the processor wait for all work under way on an accelerator; on the CPU it costs nothing.
-
-    Args:
-        where: the epoch in words, for messages.
-        every: batches between two readings. The first batch is always read by itself.
-        fail: called with a sentence at the first batch that has a wrong label or a loss that is not finite.
-
-    >>> tally = Tally("epoch 1", 1, fail=print)
-    >>> tally.add(torch.tensor(0.5), torch.zeros(4, 2), torch.tensor([0, 1, 1, 1]), lr=0.1)
-    >>> tally.loss, tally.accuracy
-    (0.5, 0.25)
-    """
-
-    def __init__(self, where: str, every: int, fail: Callable[[str], object]) -> None:
-        self.where, self.every, self.fail = where, every, fail
-        self.batches = self.images = self.hits = 0
-        self.total = 0.0
-        self._losses: list[Tensor] = []
-        self._counts: list[Tensor] = []
-        self._known: list[tuple[int, int, float]] = []
-
-    @property
-    def loss(self) -> float:
-        """Mean over the images read so far; NaN before the first."""
-        return self.total / self.images if self.images else math.nan
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction in [0, 1] of the images read so far; NaN before the first."""
-        return self.hits / self.images if self.images else math.nan
-
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, lr: float) -> None:
-        """Notes a batch: its mean loss, `outputs` (n, classes), int64 `labels` (n,), and the learning rate."""
-        self._losses.append(loss.detach())
-        least, most = labels.aminmax()
-        self._counts += [(outputs.detach().argmax(1) == labels).sum(), least, most]
-        self._known.append((len(labels), outputs.shape[1], lr))
-        if len(self._known) == self.every or not self.batches:
-            self.read()
-
-    def read(self) -> None:
-        """Takes in the batches that are waiting."""
-        if not self._known:
-            return
-        losses, counts = torch.stack(self._losses).tolist(), torch.stack(self._counts).tolist()
-        for index, (images, classes, lr) in enumerate(self._known):
-            hits, least, most = counts[3 * index : 3 * index + 3]
-            loss = losses[index]
-            self.batches += 1
-            if least < 0 or most >= classes:
-                self.fail(
-                    f"{self.where}, step {self.batches}: there is the label {least if least < 0 else most}, "
-                    f"and the model has {classes} outputs, for labels 0 to {classes - 1}; put the labels or "
-                    "the model's last layer right."
-                )
-            if not math.isfinite(loss):
-                self.fail(
-                    f"{self.where}, step {self.batches}: the loss is {loss}, at learning rate {lr:g}; start "
-                    f"again with a lower one, such as {lr / 10:g}, and check that the images are finite."
-                )
-            self.images += images
-            self.hits += hits
-            self.total += loss * images
-        self._losses, self._counts, self._known = [], [], []

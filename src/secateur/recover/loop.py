@@ -31,13 +31,14 @@ from secateur.recover.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
-from secateur.recover.history import EpochRow, History, Tally
+from secateur.recover.history import EpochRow, History
 from secateur.recover.keeping import Keeping
 from secateur.recover.mixing import Mix
 from secateur.recover.objective import Batch, Objective, label_loss
 from secateur.recover.optimizers import Rates, optimizer_state, set_optimizer_state
 from secateur.recover.place import Place, wide
 from secateur.recover.settings import Settings
+from secateur.recover.tally import Tally
 
 Batches = Iterable[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
 # Steps between two readings of the loss on an accelerator.
@@ -129,7 +130,8 @@ class Loop:
     def _train(self, epoch: int, batches: Batches) -> tuple[float, float, float]:
         self.model.train()
         where, expected = f"epoch {epoch + 1}", self.settings.batches_per_epoch
-        tally = Tally(where, 1 if self.place.on.type == "cpu" else READ_EVERY, self._fail)
+        every = 1 if self.place.on.type == "cpu" else READ_EVERY
+        tally = Tally(where, every, self._fail, unlabelled=self.objective.lesson is not None)
         step, lr = 0, math.nan
         for step, given in enumerate(batches, start=1):
             if expected is not None and step > expected:

@@ -1,7 +1,8 @@
 """Images mixed with one another, labels likewise: mixup, cutmix, and any function like these.
 
 A mix gives the images, each with a part of another one in it, and says which other and how large its own share is; the
-labels follow as soft targets. What it draws comes from torch's generator on the CPU, whose state is in the checkpoint.
+loss on the labels is shared out likewise. What it draws comes from torch's generator on the CPU, whose state is in the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -12,28 +13,21 @@ from math import sqrt
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from secateur.errors import TrainingError
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """`images` (n, ...), each `share` its own and the rest of image number `other` (n,) of the batch."""
+    """`images` (n, ...), each `share` its own and the rest of image number `other` (n,) of the batch.
+
+    >>> Mixed(torch.zeros(2, 3), torch.tensor([1, 0]), 0.25).main(torch.tensor([7, 8]))
+    tensor([8, 7])
+    """
 
     images: Tensor
     other: Tensor
     share: float
-
-    def targets(self, labels: Tensor, classes: int) -> Tensor:
-        """The share of each class in each image: int64 (n,) -> float (n, classes).
-
-        >>> Mixed(torch.zeros(2, 3), torch.tensor([1, 0]), 0.75).targets(torch.tensor([0, 1]), 2)
-        tensor([[0.7500, 0.2500],
-                [0.2500, 0.7500]])
-        """
-        own = functional.one_hot(labels, classes).float()
-        return own * self.share + own[self.other] * (1 - self.share)
 
     def main(self, labels: Tensor) -> Tensor:
         """The label with the larger share in each image."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.recover.distillation import Lesson
 from secateur.recover.mixing import Mixed
 from secateur.recover.penalties import Penalty, Strength
+
+UNLABELLED = -100
+"""The label of an image that has none: only a teacher judges it. (What torch calls `ignore_index`.)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +59,26 @@ class Objective:
 
 
 def label_loss(outputs: Tensor, labels: Tensor, smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
-    """Cross-entropy of logits (n, classes) with labels (n,), or with the soft labels of mixed images; mean over n.
+    """Cross-entropy of logits (n, classes) with labels (n,), or with both labels of mixed images; mean over n.
 
-    A label out of range would end the process on a GPU; here it is moved into it, to be found by `Tally`.
+    An image that is `UNLABELLED` adds nothing to the sum, and is counted in n. Any other label out of range would end
+    the process on a GPU; here it is moved into it, to be found by `Tally`.
+
+    >>> outputs = torch.zeros(2, 4)
+    >>> label_loss(outputs, torch.tensor([3, 1])) == 2 * label_loss(outputs, torch.tensor([3, UNLABELLED]))
+    tensor(True)
     """
-    classes = outputs.shape[1]
-    labels = labels.clamp(0, classes - 1)
-    targets = labels if mixed is None else mixed.targets(labels, classes).to(outputs.dtype)
-    return functional.cross_entropy(outputs, targets, label_smoothing=smoothing)
+    labels = torch.where(labels == UNLABELLED, labels, labels.clamp(0, outputs.shape[1] - 1))
+
+    def loss(targets: Tensor) -> Tensor:
+        total = functional.cross_entropy(
+            outputs, targets, ignore_index=UNLABELLED, label_smoothing=smoothing, reduction="sum"
+        )
+        return total / len(targets)
+
+    if mixed is None:
+        return loss(labels)
+    return mixed.share * loss(labels) + (1 - mixed.share) * loss(labels[mixed.other])
 
 
 def strength_at(strength: Strength, steps: int) -> float:

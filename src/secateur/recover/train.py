@@ -88,7 +88,8 @@ def fine_tune(
     Args:
         model: images to logits (batch, classes). Parameters that need no gradient stay as they are.
         train: batches (images, labels) of an epoch **counted from 0**; a function of that number alone. A third tensor,
-            the images' numbers, is for a `distill` that needs them.
+            the images' numbers, is for a `distill` that needs them. With `distill`, a label of -100 (`UNLABELLED`) is
+            that of an image that has none, which the teacher alone judges.
         validation: the batches on which the best epoch is chosen; never the test images.
         stages: in order; those of 0 epochs are passed over. The report's: 1e-3 x 10, 1e-4 x 5, 1e-6 x 5.
         optimizer: makes one over the parameters that are trained, as `lambda p: torch.optim.AdamW(p, amsgrad=True)`;
