@@ -18,8 +18,8 @@ Which units go is the choice of `--choice`:
   logits for each image; the score is the one price to the power of 1/4 times the other to the power of 3/4. The first
   takes errors as all alike, the second as if no later layer took them up.
 
-`--mixed` share: the images that layers are solved on are mixed pairwise by this share, moved by up to four pixels and
-mirrored, still the same images: the network is less sure of them, as it is of images that it has not been trained on.
+`--mixed` share: layers are solved on the images as they are and once more mixed pairwise by this share, moved by up to
+four pixels and mirrored: the network is less sure of those, as it is of images that it has not been trained on.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dic
 
 
 def mixed(images: Tensor, share: float, seed: int) -> list[Tensor]:
-    """The images in batches of 64: mixed pairwise, moved and mirrored, if there is a share."""
+    """The images in batches of 64; if there is a share, then again mixed pairwise, moved and mirrored."""
+    random, out = torch.Generator().manual_seed(seed), list(images.split(64))
     if not share:
-        return list(images.split(64))
-    random, out = torch.Generator().manual_seed(seed), []
+        return out
     for batch in images.split(64):
         both = (1 - share) * batch + share * batch[torch.randperm(len(batch), generator=random)]
         top, left, mirror = (int(torch.randint(0, n, (1,), generator=random)) for n in (9, 9, 2))

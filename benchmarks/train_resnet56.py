@@ -2,6 +2,7 @@
 
     python benchmarks/train_resnet56.py --data parquet:DIR --weights resnet56_cifar10.safetensors --cut ours
     python benchmarks/train_resnet56.py --data parquet:DIR --weights resnet56_cifar10.safetensors --cut peer
+    python benchmarks/train_resnet56.py --data parquet:DIR --more parquet:OTHER --share 1.0 ...
     python benchmarks/train_resnet56.py --table rows.jsonl
 
 Both cuts take inner channels of the blocks, one of each stays, until the MACs are 2.11 times fewer:
@@ -12,12 +13,15 @@ Both cuts take inner channels of the blocks, one of each stays, until the MACs a
 
 Then each is trained in the same way, with SGD and learning from the whole network, on 98 % of the train images. The
 other 2 % are only watched: the published weights have seen them, so the last epoch counts, and not the best by them.
+With `--more`, half of each batch are train images of another data set, whose labels are not read: the whole network has
+not learned those by heart, so what it says of them tells more. An epoch has as many steps as without.
 A run that was stopped goes on from its checkpoint. The test images are read once, before and after the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -35,7 +39,7 @@ import secateur as sc
 from secateur.recover.history import EpochRow
 from secateur.recover.reconstruct import reconstruct
 
-KIND = ("model", "cut", "epochs", "lr", "temperature", "share", "mixed")
+KIND = ("model", "cut", "epochs", "lr", "temperature", "share", "mixed", "more")
 """What two runs of one kind have in common."""
 
 
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--share", type=float, default=0.9, help="of the teacher in the loss")
     parser.add_argument("--mixed", action="store_true", help="images are mixed pairwise: the teacher sees them as well")
+    parser.add_argument("--more", help="a data set whose train images are half of each batch, without labels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("train_resnet56.jsonl"))
     parser.add_argument("--folder", type=Path, default=Path("train_resnet56"), help="of cut models and checkpoints")
@@ -59,6 +64,8 @@ def main() -> None:
     if options.table is not None:
         report([json.loads(line) for line in options.table.read_text().splitlines()])
         return
+    if options.more and options.share < 1:
+        parser.error("images of another data set have no labels here: give --share 1.0 along with --more")
     row = run(options)
     print(json.dumps(row))
     with options.out.open("a") as file:
@@ -68,12 +75,13 @@ def main() -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     data = sc.load_data(options.data, normalise="imagenet", validation=0.02)
     shape: dict[str, Any] = {"mean": data.mean, "std": data.std, "channels_last": True}
+    more = sc.load_data(options.more, normalise="imagenet") if options.more else None
     model = sc.build_model(f"secateur:{options.model}", classes=10, weights=options.weights).model.eval()
     test = list(data.test.batches(250, **shape))
     groups = sc.find_groups(model, data.example())
     begun = time.perf_counter()
     small = cut(model, groups, data, options)
-    row = {name: getattr(options, name) for name in ("seed", *KIND)}
+    row = {name: getattr(options, name) for name in ("seed", *KIND)} | {"more": more and Path(more.name).name}
     row |= {"times": groups.macs / sc.find_groups(small, data.example()).macs}
     row |= {"cut_seconds": time.perf_counter() - begun, "before": criteria_resnet56.accuracy(small, test)}
     print(json.dumps(row), flush=True)
@@ -82,7 +90,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     begun, steps = time.perf_counter(), -(-len(data.train) // 128)
 
     def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.train.batches(128, shuffle=1000 * options.seed + epoch, augment=("crop", "flip"), **shape)
+        order: dict[str, Any] = {"shuffle": 1000 * options.seed + epoch, "augment": ("crop", "flip"), **shape}
+        if more is None:
+            yield from data.train.batches(128, **order)
+            return
+        pairs = zip(data.train.batches(64, **order), more.train.batches(64, **order))
+        for (images, labels), (others, _) in itertools.islice(pairs, steps):
+            yield torch.cat([images, others]), torch.cat([labels, torch.zeros_like(labels)])
 
     def told(epoch: EpochRow) -> None:
         print(f"{time.perf_counter() - begun:.0f} s: {epoch}", flush=True)
@@ -131,6 +145,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         minutes = statistics.mean(row["train_seconds"] + row["cut_seconds"] for row in mine) / 60
         way = f"{kind[2]} x {kind[3]} | {kind[5]} at T = {kind[4]}{', mixed' if kind[6] else ''}"
+        way += f", half of the images from {kind[7]}" if kind[7] else ""
         print(f"| {kind[1]} | {way} | {len(mine)} | {cells[0]} | {cells[1]} | {minutes:.0f} |")
 
 
