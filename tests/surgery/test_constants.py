@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.rebuild import rebuild
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.surgery.simplification import Simplification
 from secateur.surgery.simplify import simplify
 

@@ -20,9 +20,8 @@ from secateur.graph.attention import headwise
 from secateur.graph.groups import find_groups
 from secateur.graph.rebuild import rebuild
 from secateur.graph.slots import Group
-from secateur.graph.twin import run
+from secateur.graph.twin import run, tensors_of
 from secateur.recipe.folder import load, save
-from secateur.score.scoring import tensors_of
 from secateur.surgery import simplify as verb
 from secateur.surgery.certify import certify
 from secateur.surgery.cut import apply

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import networks
 from secateur.graph.nested import map_tensors
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.surgery.double import Double, doubled
 from secateur.surgery.endings import observe
 

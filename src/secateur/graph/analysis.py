@@ -23,6 +23,7 @@ from secateur.graph.integers import find_ints, find_sizes, guesses
 from secateur.graph.records import Groups
 from secateur.graph.rules import rule_for
 from secateur.graph.slots import Size, TensorInfo
+from secateur.graph.twin import tensors_of
 from secateur.graph.units import Ids, Solution, Split, UnitBlock
 from secateur.graph.views import MERGED
 from secateur.graph.watch import Attribute
@@ -110,9 +111,8 @@ def analyse(
 
 
 def _describe(model: nn.Module) -> tuple[TensorInfo, ...]:
-    saved, parameters = item_sizes(model), dict(model.named_parameters())
-    tensors = {**parameters, **dict(model.named_buffers())}
-    return tuple(TensorInfo(n, tuple(t.shape), n in parameters, saved[n]) for n, t in tensors.items())
+    saved, tensors = item_sizes(model), tensors_of(model)
+    return tuple(TensorInfo(n, tuple(t.shape), isinstance(t, nn.Parameter), saved[n]) for n, t in tensors.items())
 
 
 def propagate(trace: Trace, split: Split = "outer") -> Field:

@@ -20,6 +20,7 @@ from torch import nn
 
 from secateur.graph.capture import Call, Ref, Trace, op_name
 from secateur.graph.slots import Group, TensorInfo
+from secateur.graph.twin import tensors_of
 from secateur.graph.units import UnitBlock
 
 Axis = tuple[int, ...]
@@ -137,13 +138,14 @@ class Tally:
 
     def __init__(self, products: Sequence[Product]) -> None:
         always: Axis = (-1,)
-        axes = list(dict.fromkeys([always, *(axis for product in products for axis in product.axes)]))
-        place = {axis: i for i, axis in enumerate(axes)}
+        every = {id(axis): axis for axis in (always, *(axis for product in products for axis in product.axes))}
+        place = {key: i for i, key in enumerate(every)}  # equal ones are mostly one object; to compare takes longer
         width = max((len(product.axes) for product in products), default=0)
-        rows = [[*(place[axis] for axis in p.axes), *[0] * (width - len(p.axes))] for p in products]
+        rows = [[*(place[id(axis)] for axis in p.axes), *[0] * (width - len(p.axes))] for p in products]
         self._rows = np.array(rows, np.int64).reshape(len(products), width)
-        self._units = np.concatenate([np.array(axis, np.int64) for axis in axes])
-        self._starts = np.cumsum([0, *(len(axis) for axis in axes[:-1])])
+        axes = [np.array(axis, np.int64) for axis in every.values()]
+        self._units = np.concatenate(axes)
+        self._starts = np.cumsum([0, *map(len, axes[:-1])])
         self._constants = np.array([product.constant for product in products], np.int64)
 
     def __call__(self, stays: Stays) -> NDArray[np.int64]:
@@ -186,21 +188,29 @@ class Costs:
 
 def tensor_products(groups: Sequence[Group], tensors: Sequence[TensorInfo]) -> list[Product]:
     """How many numbers each tensor has."""
-    axes: dict[str, dict[int, list[int]]] = {info.name: {} for info in tensors}
     shapes = {info.name: info.shape for info in tensors}
+    along: dict[str, dict[int, NDArray[np.int64]]] = {name: {} for name in shapes}
+    places: dict[int, NDArray[np.int64]] = {}
     for first, group in zip(accumulate((group.size for group in groups), initial=0), groups):
+        units = np.arange(first, first + group.size)[:, None]
         for slot in group.slots:
-            along = axes[slot.tensor].setdefault(slot.dim, [-1] * shapes[slot.tensor][slot.dim])
-            for unit, places in enumerate(slot.index, first):
-                for place in places:
-                    along[place] = unit
-    rest = {name: math.prod(n for d, n in enumerate(shape) if d not in axes[name]) for name, shape in shapes.items()}
-    return [Product(name, rest[name], tuple(map(tuple, axes[name].values()))) for name in shapes]
+            if id(slot.index) not in places:
+                places[id(slot.index)] = np.array(slot.index, np.int64).reshape(group.size, -1)
+            size = shapes[slot.tensor][slot.dim]
+            axis = along[slot.tensor].setdefault(slot.dim, np.full(size, -1, np.int64))
+            axis[places[id(slot.index)]] = units
+    known: dict[bytes, Axis] = {}
+    out = []
+    for name, shape in shapes.items():
+        rest = math.prod(n for d, n in enumerate(shape) if d not in along[name])
+        axes = (known.setdefault(axis.tobytes(), tuple(axis.tolist())) for axis in along[name].values())
+        out.append(Product(name, rest, tuple(axes)))
+    return out
 
 
 def item_sizes(model: nn.Module) -> dict[str, int]:
     """For each parameter and buffer, the bytes of one of its numbers in a saved file; 0 for what is not saved."""
     modules = model.named_modules()
     unsaved = {f"{path}.{name}".lstrip(".") for path, m in modules for name in m._non_persistent_buffers_set}
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: 0 if name in unsaved else tensor.element_size() for name, tensor in named.items()}
+    named = tensors_of(model).items()
+    return {name: 0 if name in unsaved else tensor.element_size() for name, tensor in named}

@@ -24,7 +24,7 @@ def form_groups(
     order = {name: i for i, name in enumerate(shapes)}
     owners = sorted(state.owners, key=lambda owner: (order[owner[1]], owner[2]))
     slot, place, root = _spots(owners, solution, shapes)
-    classes, unit = _by_appearance(root)
+    classes, unit = _classes(root, len(solution.root))
     marks = _marks(len(owners), seed=1)
     kind = _paths(state, solution)[classes]
     np.add.at(kind, unit, marks[slot])  # random marks: equal sums are equal collections
@@ -32,7 +32,8 @@ def form_groups(
     rank = np.argsort(group, kind="stable")
     numbers = np.full(len(solution.root) + 1, -1, np.int64)
     numbers[classes[rank]] = np.arange(len(classes))
-    at = np.lexsort((place, numbers[root], slot, group[unit]))
+    # Places ascend within a slot, and a stable order keeps them so.
+    at = np.lexsort((numbers[root], group[unit] * len(owners) + slot))
     sizes = np.bincount(group, minlength=len(kinds))
     groups: list[Group] = []
     taken: set[str] = set()
@@ -65,6 +66,20 @@ def _spots(owners: Sequence[Owner], solution: Solution, shapes: Mapping[str, tup
 def _by_appearance(values: Ids) -> tuple[Ids, Ids]:
     """The different values, in order of first appearance, and which of them each value is."""
     different, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return _ranked(different, first, inverse)
+
+
+def _classes(root: Ids, count: int) -> tuple[Ids, Ids]:
+    """The same for numbers below `count`, which takes no sorting of them all."""
+    first = np.full(count, -1, np.int64)
+    first[root[::-1]] = np.arange(len(root))[::-1]
+    different = np.flatnonzero(first >= 0)
+    place = np.empty(count, np.int64)
+    place[different] = np.arange(len(different))
+    return _ranked(different, first[different], place[root])
+
+
+def _ranked(different: Ids, first: Ids, inverse: Ids) -> tuple[Ids, Ids]:
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))

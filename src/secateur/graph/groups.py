@@ -10,7 +10,6 @@ from secateur.graph.aside import find_aside
 from secateur.graph.capture import capture
 from secateur.graph.probe import settle
 from secateur.graph.records import Groups
-from secateur.graph.twin import empty_caches
 from secateur.graph.units import Split
 
 
@@ -33,13 +32,12 @@ def find_groups(model: nn.Module, example_inputs: Any, *, split: Split = "outer"
     >>> [(slot.tensor, slot.dim, slot.index[1]) for slot in group.slots if slot.role != "scale"]
     [('0.weight', 0, (1,)), ('3.weight', 1, (4, 5, 6, 7))]
     """
-    with empty_caches():
-        trace = capture(model, example_inputs)
-        found = settle(model, example_inputs, trace, split, find_aside(model, example_inputs, trace))
-        if not (trace.fake and found.groups.sizes):
-            return found.groups
-        # Calls are replayed by their numbers, and a model may take another path where it sees that tensors are fake.
-        real = capture(model, example_inputs, fake=False)
-        if [call.site for call in real.python] == [call.site for call in trace.python]:
-            return found.groups
-        return settle(model, example_inputs, real, split, find_aside(model, example_inputs, real)).groups
+    trace = capture(model, example_inputs)
+    found = settle(model, example_inputs, trace, split, find_aside(model, example_inputs, trace))
+    if not (trace.fake and found.groups.sizes):
+        return found.groups
+    # Calls are replayed by their numbers, and a model may take another path where it sees that tensors are fake.
+    real = capture(model, example_inputs, fake=False)
+    if [call.site for call in real.python] == [call.site for call in trace.python]:
+        return found.groups
+    return settle(model, example_inputs, real, split, find_aside(model, example_inputs, real)).groups

@@ -36,7 +36,8 @@ from secateur.graph.units import Split
 from secateur.graph.watch import Attribute, watch
 
 PLANS = 2
-"""Plans tried, in which groups lose different numbers of units (`probing_keep`)."""
+"""Plans tried, in which groups lose different numbers of units (`probing_keep`); where Python gives no call a number
+that could count units, one plan shows all that two would."""
 
 Number = tuple[int, Place]
 """Of a torch function that Python called, by its number, one of the numbers that it is given."""
@@ -52,7 +53,8 @@ def settle(
     while True:
         analysis = analyse(trace, model, frozen, unbound, split, aside)
         missed = False
-        for plan in range(PLANS):
+        counts = any(size.constant is None for sizes in analysis.sizes.values() for size in sizes)
+        for plan in range(PLANS if counts else 1):
             if not missed and analysis.groups.groups:
                 probe = _probe(model, example_inputs, analysis, plan, replayed)
                 replayed |= _same_sites(model, trace, probe.replayed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.graph.attention import see_heads
 from secateur.graph.replay import Change, install
-from secateur.graph.twin import as_kind, duplicate
+from secateur.graph.twin import as_kind, duplicate, tensors_of
 
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
 """Module path -> attribute -> value."""
@@ -43,9 +43,9 @@ def rebuild(
         attributes: module path -> attribute -> value.
         replays: module path -> sizes to give its calls.
     """
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    twin = duplicate(model, {id(old): as_kind(tensors[name], old) for name, old in named if name in tensors})
-    see_heads(twin, (name for name, old in named if name in tensors and tensors[name].shape != old.shape))
+    named = {name: old for name, old in tensors_of(model).items() if name in tensors}
+    twin = duplicate(model, {id(old): as_kind(tensors[name], old) for name, old in named.items()})
+    see_heads(twin, (name for name, old in named.items() if tensors[name].shape != old.shape))
     set_attributes(twin, attributes)
     install(twin, replays)
     return twin
@@ -62,7 +62,7 @@ def share(model: nn.Module, tensors: Mapping[str, Tensor] = MappingProxyType({})
 
 def narrow(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
     """The tensors that a cut changes, each with only the indices that stay."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = tensors_of(model)
     made: dict[tuple[int, torch.device], Tensor] = {}
 
     def places(indices: list[int], device: torch.device) -> Tensor:
@@ -108,7 +108,7 @@ def attributes_from_json(value: Mapping[str, Mapping[str, int | list[int]]]) -> 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter and buffer, tied ones once."""
-    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format | None:

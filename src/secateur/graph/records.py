@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,7 @@ class Groups:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """The number of the first unit of each group, when all units are counted through; and of all, at the end."""
-        sizes = [group.size for group in self.groups]
-        return tuple(sum(sizes[:i]) for i in range(len(sizes) + 1))
+        return tuple(accumulate((group.size for group in self.groups), initial=0))
 
     def stays(self, keep: Keep) -> Stays:
         """`[unit]` -> whether it stays, when all units are counted through; one entry more, at -1, for all others."""

@@ -16,7 +16,6 @@ from secateur.graph.costs import find_products
 from secateur.graph.replay import replay_of
 from secateur.graph.runs import Given, Opaque, Run, Watched, watch
 from secateur.graph.stream import Scene, Stream, Way, comes_back
-from secateur.graph.twin import empty_caches
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ def find_blocks(model: nn.Module, example_inputs: Any) -> Blocks:
     8 blocks can be left out, of 269,722 parameters and 40,551,040 MACs
     ...
     """
-    with empty_caches():
-        return find_in(watch(model, example_inputs), model).blocks
+    return find_in(watch(model, example_inputs), model).blocks
 
 
 def find_in(watched: Watched, model: nn.Module) -> Found:

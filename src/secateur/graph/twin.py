@@ -9,9 +9,9 @@ import functools
 import gc
 import logging
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -25,10 +25,29 @@ from secateur.graph.shapes import QuickFakes
 ATOMS = frozenset((int, float, bool, str, type(None)))
 """Types whose values need no copy."""
 
-KEPT_CACHES = frozenset(("torch", "numpy", *sys.stdlib_module_names))
+EMPTIES = frozenset((dict, OrderedDict, set, list))
+"""Types that every module has many empty ones of."""
+
+KEPT_CACHES = frozenset(("secateur", "torch", "numpy", *sys.stdlib_module_names))
 """Packages whose cached functions hold no results of a model."""
 
-_CACHES: ContextVar[tuple[Any, ...] | None] = ContextVar("_CACHES", default=None)
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, then buffers; one that is held in several places stands under its first name.
+
+    >>> list(tensors_of(nn.BatchNorm1d(2)))
+    ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    found: tuple[dict[str, Tensor], ...] = ({}, {})
+    seen: tuple[set[int], ...] = (set(), set())
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for kind, held in enumerate((module._parameters, module._buffers)):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in seen[kind]:
+                    seen[kind].add(id(tensor))
+                    found[kind][prefix + name] = tensor
+    return {**found[0], **found[1]}
 
 
 def detached(modules: Sequence[nn.Module]) -> dict[int, Any]:
@@ -37,7 +56,7 @@ def detached(modules: Sequence[nn.Module]) -> dict[int, Any]:
     Such are the result of a weight norm before the forward pass, and activations kept from the last one, also in lists.
     """
     own = ("_parameters", "_buffers", "_modules")
-    items = [item for module in modules for item in vars(module).items() if type(item[1]) not in ATOMS]
+    items = [item for module in modules for item in vars(module).items() if not _is_bare(item[1])]
     values = [value for name, value in items if name not in own]
     kept = [v for v in values if isinstance(v, Tensor) or (isinstance(v, list | tuple | Mapping) and v)]
     held = list(tensors_in(kept))
@@ -75,6 +94,12 @@ def _is_plain(kind: type[nn.Module]) -> bool:
     )
 
 
+def _is_bare(value: Any) -> bool:
+    """Whether there can be no tensor in it, as in most attributes of a module."""
+    kind = type(value)
+    return kind in ATOMS or (kind in EMPTIES and not value)
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy(value, memo)`."""
     kind, key = type(value), id(value)
@@ -82,6 +107,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if key in memo:
         return memo[key]
+    if kind in EMPTIES and not value and (kind is not OrderedDict or not vars(value)):
+        made = memo[key] = kind()
+        return made
     if kind is set and ATOMS.issuperset(map(type, value)):
         memo[key] = set(value)
     elif kind is dict or (kind is OrderedDict and not vars(value)):
@@ -117,8 +145,8 @@ def fake_copy(
             return mode.from_tensor(tensor)  # takes longer
         return mode.new(shape, tensor.dtype, tensor.device, tensor if isinstance(tensor, nn.Parameter) else None)
 
-    named = [*model.named_parameters(), *model.named_buffers()]
-    twin = see_heads(duplicate(model, {id(tensor): stand_in(name, tensor) for name, tensor in named}).eval())
+    named = tensors_of(model)
+    twin = see_heads(duplicate(model, {id(tensor): stand_in(name, tensor) for name, tensor in named.items()}).eval())
     inputs = map_tensors(mode.from_tensor, example_inputs)
     with mode, _quiet():
         yield twin, inputs
@@ -145,30 +173,33 @@ def run(model: nn.Module, example_inputs: Nested) -> Any:
 
 @contextlib.contextmanager
 def empty_caches() -> Iterator[None]:
-    """Functions that cache their results hold none of ours afterwards, and none of an earlier run's meanwhile.
-
-    They are looked for once; whoever runs a model several times does so within it.
-    """
-    known = _CACHES.get()
-    caches = _find_caches() if known is None else known
-    modules = len(sys.modules)
-    token = _CACHES.set(caches)
+    """Functions that cache their results hold none of ours afterwards, and none of an earlier run's meanwhile."""
     try:
-        for cache in caches:
+        for cache in _find_caches():
             cache.cache_clear()
         yield
     finally:
-        _CACHES.reset(token)
-        if known is None and len(sys.modules) != modules:  # the model has imported some
-            caches = _find_caches()
-        for cache in caches:
+        for cache in _find_caches():
             cache.cache_clear()
 
 
 def _find_caches() -> tuple[Any, ...]:
+    """All of them. Each refers to its type, so that a count of these references tells whether there are new ones."""
+    count = sys.getrefcount(functools._lru_cache_wrapper)
+    found = [held() for held in _scan(count)]
+    if None in found:  # another one may have come in its place
+        _scan.cache_clear()
+        found = [held() for held in _scan(count)]
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1)
+def _scan(count: int) -> tuple[weakref.ref[Any], ...]:
+    """Goes through all objects that Python has, which takes long."""
     kind = functools._lru_cache_wrapper
     found = [item for item in gc.get_referrers(kind) if type(item) is kind]
-    return tuple(item for item in found if str(item.__module__).partition(".")[0] not in KEPT_CACHES)
+    kept = (item for item in found if str(item.__module__).partition(".")[0] not in KEPT_CACHES)
+    return tuple(map(weakref.ref, kept))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from secateur.graph.probe import settle
 from secateur.graph.rebuild import narrow, rebuild
 from secateur.graph.records import Groups, Keep
 from secateur.graph.sharing import share_cut
-from secateur.graph.twin import empty_caches
+from secateur.graph.twin import tensors_of
 from secateur.measure.accuracy import evaluating
 from secateur.measure.latency import _time, _wait, torch_threads
 from secateur.measure.layers import Alone, Hole, Layer, find_layers, runs
@@ -111,9 +111,8 @@ def measure_table(
     >>> [layer.widths for layer in table.layers], table.predict(groups.stays([range(8)])) > 0
     ([((4, 8, 16, 24, 32),), ((4, 8, 16, 24, 32),)], True)
     """
-    with empty_caches():
-        trace = capture(model, example_inputs)
-        analysis = settle(model, example_inputs, trace, groups.split, find_aside(model, example_inputs, trace))
+    trace = capture(model, example_inputs)
+    analysis = settle(model, example_inputs, trace, groups.split, find_aside(model, example_inputs, trace))
     if analysis.groups != groups:
         raise PlanError("the groups are not those of this model on these inputs; find them anew, with these inputs.")
     found, written = find_layers(analysis)
@@ -296,9 +295,8 @@ def _cut(model: nn.Module, groups: Groups, keep: Keep) -> nn.Module:
     kept = groups.kept(keep)
     if not kept:
         return model
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.inference_mode(False):
-        tensors = share_cut(named, narrow(model, kept), kept)
+        tensors = share_cut(tensors_of(model), narrow(model, kept), kept)
         return rebuild(model, tensors, groups.attributes(keep), groups.replays(keep))
 
 

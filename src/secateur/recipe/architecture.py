@@ -31,7 +31,7 @@ from secateur.graph.rebuild import (
 )
 from secateur.graph.replay import Change
 from secateur.graph.sharing import share_like
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.surgery.fold_bn import drop_norms
 from secateur.zoo.models import build_model
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from secateur.allocate.threshold import global_threshold
 from secateur.errors import PlanError
 from secateur.graph.nested import Nested
-from secateur.graph.twin import duplicate
+from secateur.graph.twin import duplicate, tensors_of
 from secateur.recover.layers import Layer
 from secateur.recover.normal import Affine, Together
 from secateur.recover.rows import shaped
 from secateur.recover.solving import RIDGES, Solved, Solving, Way, side_by_side
 from secateur.recover.surgeon import in_blocks, prices
-from secateur.score.scoring import tensors_of
 from secateur.surgery.masks import Mask, Masks, find_masks
 from secateur.surgery.pattern import find_pattern
 

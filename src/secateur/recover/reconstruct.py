@@ -14,11 +14,11 @@ from secateur.allocate.plan import Plan
 from secateur.errors import PlanError
 from secateur.graph.nested import Nested
 from secateur.graph.rebuild import tensor_shapes
+from secateur.graph.twin import tensors_of
 from secateur.recover.layers import Layer
 from secateur.recover.normal import Affine
 from secateur.recover.rows import matrix
 from secateur.recover.solving import RIDGES, Solved, Solving, Way, side_by_side
-from secateur.score.scoring import tensors_of
 from secateur.surgery.cut import check_fits
 from secateur.surgery.masks import Masks
 

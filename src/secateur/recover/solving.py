@@ -17,12 +17,11 @@ from secateur.graph.attention import see_heads
 from secateur.graph.capture import record
 from secateur.graph.nested import Nested, map_tensors
 from secateur.graph.rebuild import share
-from secateur.graph.twin import empty_caches, slow_attention
+from secateur.graph.twin import slow_attention, tensors_of
 from secateur.recover.held import SideBySide
 from secateur.recover.layers import Layer, find_layers
 from secateur.recover.normal import Affine, Together, best_ridge
 from secateur.recover.rows import inputs, matrix, outputs, places, shaped
-from secateur.score.scoring import tensors_of
 
 RIDGES = (1e-2, 1e-1, 1.0)
 """From weights that are as good as free to weights that hardly move."""
@@ -83,7 +82,7 @@ def side_by_side(
     """Runs of both models, as they are, on the batches; on an error the smaller one is left as it came."""
     whole, pruned = _twin(model), _twin(smaller)
     before = {name: tensor.clone() for name, tensor in tensors_of(smaller).items()}
-    with empty_caches(), slow_attention():
+    with slow_attention():
         first = next(iter(batches), None)
         if first is None:
             raise DataError("there are no batches to solve the weights from; give one or more.")

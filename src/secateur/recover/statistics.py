@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from secateur.errors import DataError
 from secateur.graph.nested import Nested
 from secateur.graph.rebuild import share
-from secateur.graph.twin import empty_caches, run
+from secateur.graph.twin import run
 from secateur.score.moments import Moments, squares
 
 
@@ -49,8 +49,7 @@ def reset_statistics(model: nn.Module, batches: Iterable[Nested], *, sequential:
     """
     twin = share(model).eval()
     layers = {name: module for name, module in twin.named_modules() if _has_statistics(module)}
-    with empty_caches():
-        seen = _one_by_one(twin, layers, batches) if sequential else _together(twin, layers, batches)
+    seen = _one_by_one(twin, layers, batches) if sequential else _together(twin, layers, batches)
     for name, moments in seen.items():
         if moments.count < 2:
             raise DataError(

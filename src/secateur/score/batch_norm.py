@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from secateur.errors import PlanError
 from secateur.graph.records import Groups
 from secateur.graph.slots import Slot
+from secateur.graph.twin import tensors_of
 from secateur.score.combining import Combine, mean
-from secateur.score.scoring import Criterion, tensors_of
+from secateur.score.scoring import Criterion
 from secateur.score.weights import by_unit
 
 

@@ -16,7 +16,7 @@ from secateur.graph.blocks import Block, Blocks, Form, Pass
 from secateur.graph.nested import Nested
 from secateur.graph.passing import Passing, leave_out
 from secateur.graph.rebuild import share, tensor_shapes
-from secateur.graph.twin import empty_caches, run
+from secateur.graph.twin import run
 from secateur.score.gates import Batches, Loss, cross_entropy
 
 
@@ -86,7 +86,7 @@ def score_blocks(
     if tensor_shapes(model) != dict(blocks.shapes):
         raise PlanError("the blocks are those of another model; find the blocks of this one.")
     depth = Depth(model, blocks, tuple(gone))
-    with empty_caches(), torch.no_grad():
+    with torch.no_grad():
         found = (by or added_energy)(depth, batches)
     values = {block.name: float(value) for block, value in zip(depth.wanted, found, strict=True)}
     odd = next((name for name, value in values.items() if not math.isfinite(value)), None)

@@ -20,7 +20,7 @@ from secateur.graph.decisions import name_of
 from secateur.graph.nested import Nested, map_tensors, tensors_in
 from secateur.graph.rebuild import share
 from secateur.graph.records import Groups
-from secateur.graph.twin import empty_caches, run
+from secateur.graph.twin import run
 from secateur.graph.units import Ids
 
 NORMS = frozenset(
@@ -144,14 +144,13 @@ def visit(
         PlanError: there is no batch. CaptureError: the model does not run on one.
     """
     path: _Path | None = None
-    with empty_caches():
-        for batch in batches:
-            done = 0 if path is None else path.run(model, batch, see, joined)
-            if path is None or done >= 0:  # its path depends on values, or on the batch's size
-                path = _Path.of(model, groups, batch)
-                # What has been seen so far is on both paths.
-                if path.run(model, batch, see, joined, skip=done) >= 0:
-                    raise CaptureError("the model ran other ops than just before on the same inputs; seed it.")
+    for batch in batches:
+        done = 0 if path is None else path.run(model, batch, see, joined)
+        if path is None or done >= 0:  # its path depends on values, or on the batch's size
+            path = _Path.of(model, groups, batch)
+            # What has been seen so far is on both paths.
+            if path.run(model, batch, see, joined, skip=done) >= 0:
+                raise CaptureError("the model ran other ops than just before on the same inputs; seed it.")
     if path is None:
         raise PlanError("there are no batches to score the units by; give one or more.")
 

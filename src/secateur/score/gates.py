@@ -21,8 +21,7 @@ from secateur.graph.nested import Example, Nested, as_arguments
 from secateur.graph.rebuild import share
 from secateur.graph.records import Groups
 from secateur.graph.slots import Slot
-from secateur.graph.twin import slow_attention
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import slow_attention, tensors_of
 from secateur.score.weights import along, by_unit, chosen, wide
 
 Batches = Iterable[tuple[Nested, Any]]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.graph.records import Groups
+from secateur.graph.twin import tensors_of
 from secateur.score.combining import Combine
-from secateur.score.scoring import tensors_of
-from secateur.score.weights import along, by_unit, check_roles, chosen, wide
+from secateur.score.weights import along, by_unit, check_roles, chosen
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,13 @@ class Magnitude:
 
 
 def _norm(p: float, sizes: Tensor) -> Tensor:
-    """The norm of each row of absolute values."""
+    """The norm of each row of absolute values; torch adds up pairwise, so that it is off by rounding alone."""
+    sizes = sizes.float() if sizes.element_size() < 4 else sizes
     if p == 1:
-        return (sizes.float() if sizes.element_size() < 4 else sizes).sum(1)  # torch adds up pairwise: off by rounding
-    top = sizes.amax(1, keepdim=True).to(wide(sizes))
+        return sizes.sum(1)
+    top = sizes.amax(1)
     if math.isinf(p):
-        return top[:, 0]
+        return top
     # As shares of the largest: a high power of a small weight would be nothing.
-    shares = sizes / top.clamp(min=torch.finfo(top.dtype).tiny)
-    return top[:, 0] * shares.pow(p).sum(1).pow(1 / p)
+    shares = sizes / top.clamp(min=torch.finfo(top.dtype).tiny).unsqueeze(1)
+    return top * shares.pow_(p).sum(1).pow(1 / p)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.graph.records import Groups
 from secateur.graph.slots import Slot
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.score.weights import by_unit, check_roles, chosen, wide
 
 TABLE = 1 << 22

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.graph.records import Groups
+from secateur.graph.twin import tensors_of
 from secateur.score.scaling import Scale, none
 
 Criterion = Callable[[nn.Module, Groups], Sequence[Tensor]]
@@ -75,8 +76,3 @@ def _check_fits(model: nn.Module, groups: Groups) -> None:
             f"the groups are those of another model: {odd} is {have.get(odd, 'missing')} here and "
             f"{want.get(odd, 'missing')} there. Find the groups of this model anew."
         )
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as `Slot.tensor` names them."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

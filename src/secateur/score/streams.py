@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from secateur.graph.nested import Nested
 from secateur.graph.records import Groups
+from secateur.graph.twin import tensors_of
 from secateur.score.ends import End, Norm, Sight, visit
 from secateur.score.moments import Moments, Product, pairs, squares, within
 from secateur.score.readers import samples_of, weights_of
-from secateur.score.scoring import tensors_of
 
 Pairs = Literal["each", "units", "all"]
 

@@ -26,7 +26,6 @@ from secateur.graph.compare import first_odd
 from secateur.graph.nested import map_tensors
 from secateur.graph.records import Groups
 from secateur.graph.replay import PythonCalls
-from secateur.graph.twin import empty_caches
 from secateur.surgery.cut import apply, check_fits
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
 from secateur.surgery.ends import Ends, GroupErrors, group_errors
@@ -137,7 +136,7 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     True
     """
     check_fits(model, plan)
-    with Double(), empty_caches():
+    with Double():
         twin, inputs = doubled(model), map_tensors(as_double, example_inputs)
         plain = outputs(twin, inputs) if any(headwise(module) for module in twin.modules()) else None
         analysis = analyse_run(twin, inputs, plan.groups.split)

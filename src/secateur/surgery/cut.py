@@ -12,7 +12,7 @@ from secateur.allocate.plan import Plan
 from secateur.errors import PlanError
 from secateur.graph.rebuild import Kept, narrow, rebuild, tensor_shapes
 from secateur.graph.sharing import share_cut
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.surgery.carry import carry_optimizer, check_optimizer, find_copies
 
 Model = TypeVar("Model", bound=nn.Module)

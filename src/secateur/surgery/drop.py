@@ -20,7 +20,6 @@ from secateur.graph.passing import leave_out
 from secateur.graph.rebuild import rebuild, share, tensor_shapes
 from secateur.graph.residual import Found, find_in
 from secateur.graph.runs import watch_twin
-from secateur.graph.twin import empty_caches
 from secateur.surgery.certify import CONTROLS, TOLERANCE, stands_clear
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
 from secateur.surgery.shuffle import shaken
@@ -137,7 +136,7 @@ def certify_drop(
     True
     """
     _check_fits(model, drop.blocks)
-    with Double(), empty_caches():
+    with Double():
         twin, inputs = see_heads(doubled(model)), map_tensors(as_double, example_inputs)
         found = find_in(watch_twin(share(twin), map_tensors(torch.clone, inputs), fake=False), twin)
         forms = {block.name: block.form for block in found.blocks.blocks}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.graph.rebuild import share
 from secateur.graph.records import Groups
 from secateur.graph.slots import Group, Slot
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:

@@ -26,7 +26,7 @@ from secateur.graph.probe import settle
 from secateur.graph.rebuild import rebuild, set_attributes, share, tensor_shapes
 from secateur.graph.records import Groups
 from secateur.graph.replay import Change
-from secateur.score.scoring import tensors_of
+from secateur.graph.twin import tensors_of
 from secateur.surgery.cut import apply
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
 from secateur.surgery.duplicates import Merge, find_duplicates, merge
