@@ -24,8 +24,9 @@ from secateur.errors import CaptureError
 from secateur.graph.attention import see_heads
 from secateur.graph.decisions import Decision, decided, noted
 from secateur.graph.nested import Nested, map_tensors, tensors_in
+from secateur.graph.rebuild import share
 from secateur.graph.replay import PythonCall, PythonCalls
-from secateur.graph.twin import duplicate, fake_copy, run, tensors_of
+from secateur.graph.twin import Untouched, Writing, duplicate, fake_copy, run, tensors_of
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,13 @@ def capture(model: nn.Module, example_inputs: Nested, *, training: bool = False,
         if fake:
             with fake_copy(model, example_inputs) as (twin, inputs):
                 return record(twin.train(training), inputs, fake=True)
-    twin = see_heads(duplicate(model).train(training))
-    return record(twin, map_tensors(torch.clone, example_inputs), fake=False)
+    inputs = map_tensors(torch.clone, example_inputs)
+    try:
+        with Untouched(model.parameters()):
+            return record(see_heads(share(model).train(training)), inputs, fake=False)
+    except Writing:  # its own weights, as a model does that keeps them normalised
+        inputs = map_tensors(torch.clone, example_inputs)
+        return record(see_heads(duplicate(model).train(training)), inputs, fake=False)
 
 
 def record(twin: nn.Module, inputs: Nested, *, fake: bool) -> Trace:

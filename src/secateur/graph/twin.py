@@ -11,12 +11,13 @@ import logging
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.graph.attention import see_heads
 from secateur.graph.nested import Example, Nested, as_arguments, map_tensors, tensors_in
@@ -161,6 +162,31 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+class Writing(BaseException):
+    """A run was about to write where it may not; no error that a model would catch."""
+
+
+class Untouched(TorchDispatchMode):
+    """Within it nothing is written into the memory of these tensors: `Writing` is raised instead."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = frozenset(map(_memory_of, tensors))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = {**dict(zip((argument.name for argument in func._schema.arguments), args)), **kwargs}
+            written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            if any(_memory_of(tensor) in self._memory for name in written for tensor in tensors_in(given.get(name))):
+                raise Writing
+        return func(*args, **kwargs)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def run(model: nn.Module, example_inputs: Nested) -> Any:

@@ -14,7 +14,7 @@ from secateur.graph.grouping import ROLES
 from secateur.graph.records import Groups
 from secateur.graph.slots import Slot
 
-PIECE = 1 << 19
+PIECE = 1 << 18
 """Numbers worked on at a time: what comes of them stays in the cache, and no second copy of a weight is made."""
 
 
