@@ -2,24 +2,29 @@
 
     python benchmarks/prunability.py --source torchvision --peer --out torchvision.jsonl
     python benchmarks/prunability.py --source timm --families --out timm.jsonl
+    python benchmarks/prunability.py --source timm --drawn --minutes 60 --out drawn.jsonl
     python benchmarks/prunability.py --source transformers --names llama swin --out transformers.jsonl
     python benchmarks/prunability.py --table torchvision.jsonl
 
-Every model runs in a process of its own with a time limit; rows that are in the file already are not run again. Ours:
+Every model runs in a process of its own, forked from one that has the libraries, with a time limit; rows that are in
+the file already are not run again. `--drawn` takes the names in an order drawn at random, the same each time, so that
+as many as there is time for are a fair sample of all. Ours:
 find the groups, cut half of every group, and separately certify a random plan with another share for each group.
 Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The tier is
 (a) if only attributes follow the cut, (b) if calls are replayed or attention is headwise. Seconds and memory are those
 of finding and cutting; memory beyond the model, as a share of the model. The peer is Torch-Pruning as its users call
-it: L2 magnitude, ratio 0.5, the last classifier ignored; "runs" is all that it claims.
+it: L2 magnitude, ratio 0.5, the last classifier ignored, a minute at most; "runs" is all that it claims.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
+import multiprocessing
+import random
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -29,6 +34,7 @@ from typing import Any
 from models import build, names
 
 LIMIT_S = 300
+PEER_LIMIT_S = 60
 BARE = 1 << 20
 """Models smaller than this many bytes are too small for a share of memory to mean anything."""
 
@@ -41,44 +47,60 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("prunability.jsonl"))
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning on the same models as well")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one model")
-    parser.add_argument("--one", nargs=3, metavar=("WHO", "SOURCE", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--drawn", action="store_true", help="in an order drawn at random")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more models after so many")
     parser.add_argument("--table", type=Path, help="print a results file as a Markdown table and stop")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure_one(*options.one)))
-    elif options.table:
+    if options.table:
         print(markdown(read(options.table)))
-    else:
-        chosen = options.names or (families() if options.families else names(options.source))
-        sweep(options.source, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit)
+        return
+    chosen = options.names or (families() if options.families else names(options.source))
+    if options.drawn:
+        random.Random(0).shuffle(chosen)
+    importlib.import_module(options.source)
+    importlib.import_module("secateur").find_groups  # noqa: B018 - imported when asked for
+    until = time.perf_counter() + 60 * options.minutes
+    sweep(options.source, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit, until)
 
 
-def sweep(source: str, names: list[str], who: tuple[str, ...], out: Path, limit: int) -> None:
+def sweep(source: str, names: list[str], who: tuple[str, ...], out: Path, limit: int, until: float) -> None:
     """Run what is missing in the file, one process for each row."""
     done = {(row["who"], row["name"]) for row in read(out)}
-    for name in names:
-        for one in who:
-            if (one, name) in done:
-                continue
-            row = in_process(one, source, name, limit)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{one:4} {name:36} {row['outcome']:9} {row.get('note', '')[:90]}", flush=True)
+    for one, name in ((one, name) for name in names for one in who):
+        if (one, name) in done or time.perf_counter() > until:
+            continue
+        row = in_process(one, source, name, limit if one == "ours" else min(limit, PEER_LIMIT_S))
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{one:4} {name:36} {row['outcome']:9} {row.get('note', '')[:90]}", flush=True)
 
 
 def in_process(who: str, source: str, name: str, limit: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", who, source, name]
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(there, who, source, name), daemon=True)
     start = time.perf_counter()
+    child.start()
+    there.close()
+    row: dict[str, Any] = {"who": who, "name": name, "outcome": "slow", "note": f"over {limit} s"}
+    if here.poll(limit):
+        try:
+            row = here.recv()
+        except EOFError:  # killed, as for memory
+            child.join()
+            row |= {"outcome": "fails", "note": f"ended by signal {-(child.exitcode or 0)}"}
+    child.kill()
+    child.join()
+    return {"seconds": time.perf_counter() - start, **row}
+
+
+def _report(there: Any, who: str, source: str, name: str) -> None:
+    """In the process of its own: send the row, or the error as one."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"who": who, "name": name, "outcome": "slow", "seconds": limit, "note": f"over {limit} s"}
-    if done.returncode == 0:
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return row
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    seconds = time.perf_counter() - start
-    return {"who": who, "name": name, "outcome": "fails", "seconds": seconds, "note": lines[-1][:300]}
+        there.send(measure_one(who, source, name))
+    except Exception as error:
+        note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        there.send({"who": who, "name": name, "outcome": "fails", "note": note})
 
 
 def measure_one(who: str, source: str, name: str) -> dict[str, Any]:
