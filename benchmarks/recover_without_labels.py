@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--choice", choices=sorted(CHOICES), default="outputs")
     parser.add_argument("--mixed", type=float, default=0.2)
     parser.add_argument("--ridge", type=float, nargs="*", default=[0.03])
+    parser.add_argument("--together", type=int, default=2, help="steps for two layers at once, as in `reconstruct`")
     parser.add_argument("--test", type=int, default=10000, help="test images, the first ones")
     parser.add_argument("--out", type=Path, default=Path("recover_without_labels.jsonl"), help="rows in it are kept")
     parser.add_argument("--table", action="store_true", help="print the rows that there are, and run nothing")
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dic
     groups = sc.find_groups(model, data.example())
     test = list(data.test.take(range(options.test)).batches(250, mean=data.mean, std=data.std))
     kind = {"model": options.model, "choice": options.choice, "images": options.images, "mixed": options.mixed}
-    kind["ridge"] = options.ridge
+    kind |= {"ridge": options.ridge, "together": options.together}
     kind |= {"test": len(data.test.take(range(options.test)))}
     whole = next((row["whole"] for row in rows if kind.items() <= row.items()), None)
     whole = accuracy(model, test) if whole is None else whole
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dic
             chosen = time.perf_counter()
             raw, reset, solved = (sc.apply(model, plan) for _ in range(3))
             inputs = mixed(images, options.mixed, seed)
-            found = reconstruct(model, solved, plan, inputs, ridge=options.ridge, held=len(inputs))
+            way = {"ridge": options.ridge, "together": options.together, "held": len(inputs)}
+            found = reconstruct(model, solved, plan, inputs, **way)
             seconds = [chosen - begun, time.perf_counter() - chosen]
             sc.reset_statistics(reset, [images])
             row = {**key, "whole": whole, "macs": groups.macs / plan.macs_left, "layers": len(found)}
@@ -226,8 +228,8 @@ def accuracy(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> floa
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """A line for each ratio and choice: means over the draws and the sample standard deviation."""
     print("| model | choice | images | MACs | draws | whole | raw | reset | solved | seconds |\n|" + "---|" * 10)
-    names = ("model", "choice", "images", "mixed", "ridge", "test", "times")
-    kinds = [tuple(str(row[name]) for name in names) for row in rows]
+    names = ("model", "choice", "images", "mixed", "ridge", "together", "test", "times")
+    kinds = [tuple(str(row.get(name, 0)) for name in names) for row in rows]
     for kind in dict.fromkeys(kinds):
         mine = [row for row, own in zip(rows, kinds) if own == kind]
         cells = []
@@ -235,7 +237,8 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             column = [row[name] for row in mine]
             cells.append(f"{statistics.mean(column):.2f} ± {statistics.stdev(column) if len(column) > 1 else 0:.2f}")
         seconds = statistics.mean(row["choosing"] + row["solving"] for row in mine)
-        start = f"| {kind[0]} | {kind[1]} | {kind[2]}, mixed {kind[3]}, ridge {kind[4]} | 1/{kind[6]} | {len(mine)} | "
+        way = f"{kind[2]}, mixed {kind[3]}, ridge {kind[4]}, together {kind[5]}"
+        start = f"| {kind[0]} | {kind[1]} | {way} | 1/{kind[7]} | {len(mine)} | "
         print(start + f"{mine[0]['whole']:.2f} | " + " | ".join(cells) + f" | {seconds:.0f} |")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -46,7 +46,8 @@ class HeldRun:
         self.results: dict[int, Any] = {}
         self._mode = _Stopping(self, trace, before, after, noted)
         self._events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        self._go: SimpleQueue[bool] = SimpleQueue()
+        self._go: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+        self._instead: Any = None
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._work, model, inputs), daemon=True)
         self._started = False
@@ -56,7 +57,8 @@ class HeldRun:
         """Run on to a stop, if the run is not there yet: the arguments (before) or the results (after) of that call."""
         while self._last[0] != number:
             if self._started:
-                self._go.put(True)
+                self._go.put((True, self._instead))
+                self._instead = None
             else:
                 self._started = True
                 self._thread.start()
@@ -67,19 +69,30 @@ class HeldRun:
                 raise CaptureError("a batch made the model run other ops than the first; give batches of one kind.")
         return self._last[1]
 
+    @property
+    def last(self) -> Any:
+        """What was handed over where the run is."""
+        return self._last[1]
+
+    def instead(self, args: tuple[Any, ...]) -> None:
+        """From the stop before a call where the run is, it goes on with these arguments of that call."""
+        self._instead = args
+
     def close(self) -> None:
         """End the run where it is."""
         if self._started and self._thread.is_alive():
-            self._go.put(False)
+            self._go.put((False, None))
             self._thread.join()
         self.results.clear()
         self._last = (-1, None)
 
-    def stop(self, number: int, given: Any) -> None:
-        """Called by the run's own thread, which waits here."""
+    def stop(self, number: int, given: Any) -> Any:
+        """Called by the run's own thread, which waits here; what it goes on with."""
         self._events.put((number, given))
-        if not self._go.get():
+        on, instead = self._go.get()
+        if not on:
             raise _Closed
+        return given if instead is None else instead
 
     def _work(self, model: nn.Module, inputs: Nested) -> None:
         try:
@@ -118,7 +131,7 @@ class _Stopping(TorchDispatchMode):
             )
         self._step += 1
         if number in self._before:
-            self._owner.stop(number, args)
+            args = self._owner.stop(number, args)
         result = func(*args, **kwargs)
         first = result[0] if isinstance(result, tuple | list) else result
         if number in self._noted:
@@ -140,8 +153,8 @@ class SideBySide:
         batches: Iterable[Nested],
         held: int,
     ) -> None:
-        self.layers = layers
-        self._models, self._trace, self._batches, self._most = (whole, pruned), trace, batches, held
+        self.layers, self.trace = layers, trace
+        self._models, self._batches, self._most = (whole, pruned), batches, held
         self._held: list[tuple[int, HeldRun, HeldRun]] = []
         self._all = False
 
@@ -150,6 +163,18 @@ class SideBySide:
         for size, whole, pruned in self._runs():
             target, args = whole.until(layer.target), pruned.until(layer.call)
             yield size, target, args, None if layer.added is None else pruned.results[layer.added]
+
+    def both(self, first: Layer, second: Layer) -> Iterator[tuple[Any, Tensor, Any, Tensor | None]]:
+        """For each batch: the smaller model's arguments of one layer, the whole one's target of a later layer, the
+        smaller one's arguments of that, and what is added to it."""
+        for _, whole, pruned in self._runs():
+            before, target, args = pruned.until(first.call), whole.until(second.target), pruned.until(second.call)
+            yield before, target, args, None if second.added is None else pruned.results[second.added]
+
+    def go_on(self, inputs: Sequence[Tensor]) -> None:
+        """Held runs, stopped before a layer, go on with these inputs of it, which it would now be given."""
+        for (_, _, pruned), x in zip(self._held, inputs):
+            pruned.instead((x, *pruned.last[1:]))
 
     def close(self) -> None:
         """End all runs."""
@@ -185,6 +210,6 @@ class SideBySide:
         copies = [map_tensors(torch.clone, batch) for _ in range(2)]
         return (
             size,
-            HeldRun(self._models[0], copies[0], self._trace, after=targets),
-            HeldRun(self._models[1], copies[1], self._trace, before=calls, noted=noted),
+            HeldRun(self._models[0], copies[0], self.trace, after=targets),
+            HeldRun(self._models[1], copies[1], self.trace, before=calls, noted=noted),
         )

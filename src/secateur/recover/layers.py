@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.graph.capture import COPIES, Call, Ref, Trace, op_name
@@ -65,6 +66,19 @@ def find_layers(trace: Trace) -> tuple[Layer, ...]:
     ends = [layer.call for layer in found[1:]] + [len(trace.calls)]
     followed = (_followed(wiring, layer, end, makers) for layer, end in zip(found, ends))
     return tuple(replace(layer, rectified=_is_rectified(wiring, layer.target)) for layer in followed)
+
+
+def find_pairs(trace: Trace, layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
+    """Of neighbours that are convolutions with nothing but a batch norm and a ReLU between them, each in one pair."""
+    wiring, out = wire(trace), list[tuple[Layer, Layer]]()
+    for first, second in itertools.pairwise(layers):
+        convolutions = all(op_name(trace.calls[layer.call]) == "convolution" for layer in (first, second))
+        taken = bool(out) and out[-1][1] == first
+        if convolutions and first.rectified and first.added is None and not taken:
+            rectifier = _behind(wiring, first.target)
+            if rectifier is not None and _behind(wiring, rectifier) == second.call:
+                out.append((first, second))
+    return tuple(out)
 
 
 def _layer(wiring: Wiring, index: int, call: Call) -> Iterator[Layer]:

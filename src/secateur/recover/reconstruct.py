@@ -5,7 +5,7 @@ No labels and no training: least squares on a few hundred inputs, layer by layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from secateur.errors import PlanError
 from secateur.graph.nested import Nested
 from secateur.graph.rebuild import tensor_shapes
 from secateur.graph.twin import tensors_of
-from secateur.recover.layers import Layer
+from secateur.recover.layers import Layer, find_pairs
 from secateur.recover.normal import Affine
+from secateur.recover.pairs import solve_pair
 from secateur.recover.rows import matrix
 from secateur.recover.solving import RIDGES, Solved, Solving, Way, side_by_side
 from secateur.surgery.cut import check_fits
@@ -35,6 +36,7 @@ def reconstruct(
     ridge: float | Sequence[float] = RIDGES,
     positions: int | None = 64,
     rectify: int = 3,
+    together: int = 0,
     held: int = 8,
     seed: int = 0,
 ) -> tuple[Solved, ...]:
@@ -65,6 +67,10 @@ def reconstruct(
       the error above the rectifier falls each time. (Zhang, Zou, He and Sun 2015, "Accelerating Very Deep Convolutional
       Networks for Classification and Detection", section 3.2, solve it by alternating in the same manner.)
 
+    - With `together`, all is gone through once more: where two convolutions follow each other with nothing but a batch
+      norm and a ReLU between, both are solved at once (see `recover.pairs`), for the units between them need not be
+      what they were in the whole model. That takes several times longer, and all images in memory at once.
+
     - Where single weights are masked, each output is solved for the weights of its own that stay; the others are zero.
 
     What stays as it was cut: weights that are used twice or computed by a parametrization, transposed convolutions,
@@ -83,13 +89,14 @@ def reconstruct(
         positions: of each input, at most so many positions of a layer's output are looked at, drawn at random; None
             for all. The cost of a layer is proportional.
         rectify: see above; each time costs a further pass over the layer's inputs.
+        together: Gauss-Newton steps for two layers at once; 2 is usual. Not behind masks.
         held: for so many batches both runs are held where they stopped, with what they have in memory, and go on from
             there; for any more, they are run anew for each layer. So memory does not grow with the number of batches,
             and time does not grow with the square of the number of layers if all are held.
         seed: of the positions.
 
     Returns:
-        What was solved, in the order in which the layers run.
+        What was solved, in the order in which the layers run; then those solved together.
 
     Raises:
         PlanError: the plan is not for these models, or a ridge is below 0. DataError: there is no batch, or what a
@@ -106,16 +113,36 @@ def reconstruct(
     >>> solved.layer, solved.after < 1e-9, torch.allclose(smaller(x), net(x), atol=1e-6)
     ('1', True, True)
     """
-    way = Way(ridge, positions, rectify, held, seed)
+    way = Way(ridge, positions, rectify, together, held, seed)
     if isinstance(plan, Masks):
         return _behind_masks(model, smaller, plan, batches, way)
     _check(model, smaller, plan)
     kept = plan.groups.kept(plan.keep)
     with side_by_side(model, smaller, batches, way, lambda layers: _due(layers, plan)) as pairs:
-        return tuple(
+        solved = tuple(
             Solving(layer, pairs, tensors_of(smaller), way, kept.get(layer.weight, {}).get(layer.axis)).solve()
             for layer in pairs.layers
         )
+        if together:
+            pairs.close()
+            solved += tuple(_once_more(model, smaller, plan, batches, way, {each.layer: each.ridge for each in solved}))
+        return solved
+
+
+def _once_more(
+    model: nn.Module, smaller: nn.Module, plan: Plan, batches: Iterable[Nested], way: Way, ridges: Mapping[str, float]
+) -> Iterator[Solved]:
+    """A second pass, from the layer that makes the first units to be cut on: pairs at once, others one by one."""
+    kept, tensors = plan.groups.kept(plan.keep), tensors_of(smaller)
+    with side_by_side(model, smaller, batches, way, lambda layers: layers[-1 - len(_due(layers, plan)) :]) as pairs:
+        found = find_pairs(pairs.trace, pairs.layers)
+        before = {second: first for first, second in found}
+        for layer in pairs.layers:
+            outputs = kept.get(layer.weight, {}).get(layer.axis)
+            if layer in before:
+                yield solve_pair(before[layer], layer, pairs, tensors, way, ridges[layer.name], outputs)
+            elif layer not in before.values():
+                yield Solving(layer, pairs, tensors, way, outputs).solve()
 
 
 def _behind_masks(

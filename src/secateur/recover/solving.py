@@ -62,6 +62,7 @@ class Way:
     ridge: float | Sequence[float] = RIDGES
     positions: int | None = 64
     rectify: int = 3
+    together: int = 0
     held: int = 8
     seed: int = 0
 
@@ -107,11 +108,17 @@ class Solving:
     """One layer being solved: what it starts from, and passes over its rows."""
 
     def __init__(
-        self, layer: Layer, pairs: SideBySide, tensors: dict[str, Tensor], way: Way, kept: Sequence[int] | None = None
+        self,
+        layer: Layer,
+        pairs: SideBySide,
+        tensors: dict[str, Tensor],
+        way: Way,
+        kept: Sequence[int] | None = None,
+        groups: int = 1,
     ) -> None:
         self._layer, self._pairs, self._tensors, self._way = layer, pairs, tensors, way
         self._kept = None if kept is None else torch.tensor(kept)
-        self._groups = 1
+        self._groups = groups
         self.free = layer.norm is not None or layer.bias != ""
 
     def solve(self, choose: Choose | None = None) -> Solved:
@@ -127,7 +134,7 @@ class Solving:
             inputs, seen = seen.inputs, again[0] | again[1]
             seen.inputs = inputs
             found = seen.solve(start, ridge, free, stays)
-        self._set(seen, found)
+        self.set(found, seen.outcome)
         return Solved(layer.name, seen.count, before, _share(seen.error(found), seen.spread), ridge)
 
     def seen(self) -> tuple[tuple[Together, Together], Affine]:
@@ -141,9 +148,9 @@ class Solving:
             if half.count and not (half.inputs.isfinite().all() and half.crossed.isfinite().all()):
                 name = self._layer.name
                 raise DataError(f"layer {name!r} takes in or gives numbers that are not finite; nothing was changed.")
-        return halves, self._start()
+        return halves, self.start()
 
-    def _start(self) -> Affine:
+    def start(self) -> Affine:
         """What the layer, and its batch norm, compute as they are."""
         tensors, norm = self._tensors, self._layer.norm
         own = matrix(self._layer, tensors[self._layer.weight], self._groups)
@@ -188,7 +195,12 @@ class Solving:
         rows: Tensor = values[at].unflatten(1, (self._groups, -1)).transpose(0, 1).to(like.dtype)
         return rows
 
-    def _set(self, seen: Together, found: Affine) -> None:
+    def set(self, found: Affine, outcome: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Make the layer, and its batch norm, compute this.
+
+        Args:
+            outcome: mean and variance, (groups, outputs), of what a weight gives on the inputs.
+        """
         layer, tensors, norm = self._layer, self._tensors, self._layer.norm
         weight = tensors[layer.weight]
         own = matrix(layer, weight, self._groups)
@@ -206,7 +218,7 @@ class Solving:
         sizes = found.weight.norm(dim=2)
         factor = torch.where(sizes > 0, own.norm(dim=2) / sizes, 1.0)
         factor = torch.where(factor > 0, factor, 1.0)
-        mean, spread = seen.outcome(found.weight * factor.unsqueeze(2))
+        mean, spread = outcome(found.weight * factor.unsqueeze(2))
         weight.copy_(shaped(layer, found.weight * factor.unsqueeze(2), weight))
         tensors[norm.mean].copy_((mean + bias).flatten())
         tensors[norm.variance].copy_(spread.flatten())
