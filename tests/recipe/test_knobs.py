@@ -121,7 +121,7 @@ ELSEWHERE = frozenset(
         *((FloorPart, field) for field in ("accuracy", "measure", "tries", "width")),
         *((Train, field) for field in ("channels_last", "compile", "distill", "warmup", "rewind", "keep", "parallel")),
         *((part, field) for part in (PenaltyPart, DistillPart, MovingPart) for field in part.model_fields),
-        *((Cut, field) for field in ("images", "recover_images", "scale", "runtime", "table")),
+        *((Cut, field) for field in ("images", "recover_images", "recover_together", "scale", "runtime", "table")),
         *((Sparsify, field) for field in ("pattern", "recover_images")),
         (BudgetPart, "latency"),
     }
@@ -225,6 +225,12 @@ def test_recovery_sees_as_many_images_as_are_asked_for(network):
     step = Cut(sparsity=0.4, recover="least-squares")
     few, many = (left(network, TRAIN, changed(step, "recover_images", images)) for images in (16, 100))
     assert not same(few, many)
+
+
+def test_recovery_solves_layers_two_and_two_if_it_is_asked_to(network):
+    step = Cut(sparsity=0.4, recover="least-squares", recover_images=64)
+    one, two = (left(network, TRAIN, each) for each in (step, changed(step, "recover_together", 1)))
+    assert not same(one, two)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -27,7 +27,7 @@ def recover(
             return ("There is no batch norm whose statistics could be estimated anew.",)
         return (f"The statistics of {len(layers)} batch norms were estimated anew on train images, without labels.",)
     if step.recover == "least-squares":
-        solved = reconstruct(model, smaller, plan, inputs)
+        solved = reconstruct(model, smaller, plan, inputs, together=step.recover_together)
         return (f"The weights of {len(solved)} layers were solved by least squares on train images, without labels.",)
     return ()
 

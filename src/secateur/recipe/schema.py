@@ -134,7 +134,7 @@ class Cut(Part):
     loss on so many images held out. A budget for latency goes by the times that each layer takes here in `runtime`,
     for one image: measured, or read from the file `table` if it is there, and kept in it. `recover` gets accuracy
     back at once, without labels, on `recover_images` of train: batch norm's "statistics" are estimated anew, or all
-    layers are solved by "least-squares" (`recover.reconstruct`).
+    layers are solved by "least-squares" (`recover.reconstruct`), and with `recover_together` of 1 or more two and two.
     """
 
     kind: Literal["cut"] = "cut"
@@ -149,6 +149,7 @@ class Cut(Part):
     table: str | None = None
     recover: Literal["nothing", "statistics", "least-squares"] = "nothing"
     recover_images: Count = 512
+    recover_together: Annotated[int, Field(ge=0)] = 0
     limits: LimitsPart = Field(default_factory=LimitsPart)
 
     @model_validator(mode="after")
