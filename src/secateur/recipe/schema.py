@@ -208,6 +208,7 @@ class Recipe(Part):
     runtime = "eager"
     recover = "nothing"
     recover_images = 512
+    recover_together = 0
     limits = {least = 1, multiple = 1, cap = 1.0, keep = [], tied = []}
     <BLANKLINE>
     """
