@@ -231,6 +231,8 @@ def test_recovery_solves_layers_two_and_two_if_it_is_asked_to(network):
     step = Cut(sparsity=0.4, recover="least-squares", recover_images=64)
     one, two = (left(network, TRAIN, each) for each in (step, changed(step, "recover_together", 1)))
     assert not same(one, two)
+    with pytest.raises(ValueError, match="recover_together goes with recover = 'least-squares'"):
+        Cut(sparsity=0.4, recover_together=1)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import networks
 import secateur as sc
+from secateur.errors import PlanError
 from secateur.recover import pairs, reconstruct
 from secateur.recover.pairs import Convolution, Pair, Tangent
 from solving import double, error, first_half, state
@@ -137,6 +138,15 @@ def test_how_inputs_are_batched_does_not_matter(sizes: tuple[int, ...], held: in
     sc.reconstruct(model, other, plan, x.split(sizes), held=held, **options)
     for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_cannot_be_taken_are_refused() -> None:
+    model, x, plan = block(norm=True)
+    with pytest.raises(PlanError, match="together is -1; give a number of steps"):
+        sc.reconstruct(model, sc.apply(model, plan), plan, [x], together=-1)
+    masks = sc.find_masks(model, 0.5)
+    with pytest.raises(PlanError, match="behind masks layers are solved one by one"):
+        sc.reconstruct(model, model, masks, [x], together=1)
 
 
 def test_what_fails_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ class Cut(Part):
     @model_validator(mode="after")
     def _said_once(self) -> Self:
         has, budgeted = self.sparsity is not None, self.budget is not None
+        if self.recover_together and self.recover != "least-squares":
+            raise ValueError("recover_together goes with recover = 'least-squares'.")
         if self.guide == "sparsity" and not has:
             raise ValueError("the guide 'sparsity' needs a sparsity.")
         if self.guide == "uniform" and has == budgeted:

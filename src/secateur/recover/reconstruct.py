@@ -99,8 +99,8 @@ def reconstruct(
         What was solved, in the order in which the layers run; then those solved together.
 
     Raises:
-        PlanError: the plan is not for these models, or a ridge is below 0. DataError: there is no batch, or what a
-            layer takes in or gives is not finite.
+        PlanError: the plan is not for these models, a ridge or `together` is below 0, or it is given with masks.
+        DataError: there is no batch, or what a layer takes in or gives is not finite.
         CaptureError: the model does not run on a batch, or runs other ops than on the first.
 
     >>> import secateur as sc
@@ -115,6 +115,8 @@ def reconstruct(
     """
     way = Way(ridge, positions, rectify, together, held, seed)
     if isinstance(plan, Masks):
+        if together:
+            raise PlanError("behind masks layers are solved one by one; leave together out.")
         return _behind_masks(model, smaller, plan, batches, way)
     _check(model, smaller, plan)
     kept = plan.groups.kept(plan.keep)

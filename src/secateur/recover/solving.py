@@ -56,7 +56,7 @@ class Way:
     """How layers are solved; what the numbers mean is told at `reconstruct`.
 
     Raises:
-        PlanError: a ridge below 0, or none.
+        PlanError: a ridge below 0, or none; steps below 0.
     """
 
     ridge: float | Sequence[float] = RIDGES
@@ -69,6 +69,8 @@ class Way:
     def __post_init__(self) -> None:
         if not self.ridges or not all(0 <= value < float("inf") for value in self.ridges):
             raise PlanError(f"the ridge is {self.ridge}; give a share of 0 or more, or several.")
+        if self.together < 0:
+            raise PlanError(f"together is {self.together}; give a number of steps, 0 for one layer after the other.")
 
     @property
     def ridges(self) -> tuple[float, ...]:
