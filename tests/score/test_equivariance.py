@@ -58,10 +58,11 @@ def test_scores_follow_the_units(net: networks.Net) -> None:
     inputs = map_tensors(lambda t: t.double(), net.inputs())
     model = shaken(networks.build(net).double(), 0).eval()
     groups = find_groups(model, inputs)
-    moved = shuffled(model, groups, SEED).eval()
     assert [group.size for group in groups.groups] == list(net.sizes)
     for criterion in criteria(inputs):
-        before, after = score(model, groups, criterion), score(moved, groups, criterion)
+        before = score(model, groups, criterion)
+        with shuffled(model, groups, SEED):
+            after = score(model, groups, criterion)
         for old, new, order in zip(before.values, after.values, orders(groups), strict=True):
             torch.testing.assert_close(new, old[torch.from_numpy(order)], rtol=1e-7, atol=1e-12)
 
@@ -72,6 +73,7 @@ def test_scaled_scores_follow_the_units(scale: Any) -> None:
     model = networks.build(net).double()
     groups = find_groups(model, net.inputs().double())
     before = score(model, groups, Magnitude(), scale)
-    after = score(shuffled(model, groups, SEED), groups, Magnitude(), scale)
+    with shuffled(model, groups, SEED):
+        after = score(model, groups, Magnitude(), scale)
     for old, new, order in zip(before.values, after.values, orders(groups), strict=True):
         torch.testing.assert_close(new, old[torch.from_numpy(order)])

@@ -142,9 +142,10 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
         analysis = analyse_run(twin, inputs, plan.groups.split)
         see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
         whole = outputs(twin, inputs, analysis.decisions)
-        cut = _cut_against_masked(twin, doubled(smaller), plan, inputs, analysis, whole)
+        cut = _cut_against_masked(twin, smaller, plan, inputs, analysis, whole)
         seen = 0.0 if plain is None else distance(plain, whole[: len(plain)])
-        moved = _shuffles(shaken(twin, seed), plan.groups, inputs, seed, bool(analysis.decisions))
+        twin = shaken(twin, seed)  # the last to hold these weights, so that shuffling them takes no second copy
+        moved = _shuffles(twin, plan.groups, inputs, seed, bool(analysis.decisions))
     large = any(group.size > 1 for group in plan.groups.groups)
     return Certificate(
         plan=plan.hash,
@@ -211,8 +212,8 @@ def _stopped(failure: Exception) -> str:
 def _shapes(
     twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis, ends: Ends
 ) -> tuple[list[Tensor], str]:
-    """What the cut model gives, and its first op whose shape is not as predicted; empty if none."""
-    recorder = Recorder(PythonCalls())
+    """What the cut model gives in float64, and its first op whose shape is not as predicted; empty if none."""
+    recorder, smaller = Recorder(PythonCalls()), doubled(smaller)
     try:
         given = outputs(smaller, inputs, analysis.decisions, lambda copy: _both(ends, recording(copy, recorder)))
     except Exception as failure:
@@ -244,7 +245,8 @@ def _shuffles(model: nn.Module, groups: Groups, inputs: Any, seed: int, decides:
     before = outputs(model, inputs, follow)
 
     def moves(**options: Any) -> float:
-        return distance(before, outputs(shuffled(model, groups, seed, **options), inputs, follow))
+        with shuffled(model, groups, seed, **options):
+            return distance(before, outputs(model, inputs, follow))
 
     error = moves()
     slots = [slot for group in groups.groups if group.size > 1 for slot in group.slots]

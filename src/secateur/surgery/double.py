@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.graph.decisions import Decision, Following
 from secateur.graph.nested import map_tensors, tensors_in
 from secateur.graph.rebuild import share
-from secateur.graph.twin import duplicate, run
+from secateur.graph.twin import as_kind, duplicate, run, tensors_of
 
 MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn))
 DRAWS = frozenset("bernoulli uniform normal exponential rand randn rand_like randn_like".split())
@@ -62,7 +62,9 @@ class Still(TorchDispatchMode):
 
 def doubled(model: nn.Module) -> nn.Module:
     """A copy of the model in float64 and eval mode."""
-    return duplicate(model).double().eval()
+    plain = [t for t in tensors_of(model).values() if t.dtype in LOW and type(t) in (Tensor, nn.Parameter)]
+    wide = {id(tensor): as_kind(tensor.detach().double(), tensor) for tensor in plain}  # not copied before as it is
+    return duplicate(model, wide).double().eval()
 
 
 def as_double(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from secateur.graph.rebuild import share
 from secateur.graph.records import Groups
-from secateur.graph.slots import Group, Slot
+from secateur.graph.slots import Slot
 from secateur.graph.twin import tensors_of
+from secateur.graph.units import Ids
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:
@@ -30,30 +32,42 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
     return share(model, new)
 
 
+@contextlib.contextmanager
 def shuffled(
     model: nn.Module, groups: Groups, seed: int, *, left_out: Slot | None = None, only: Collection[int] | None = None
-) -> nn.Module:
-    """A copy with the units of every group in another order.
+) -> Iterator[None]:
+    """Within it, the units of every group of `model` are in another order; one tensor at a time is in memory twice.
 
     Args:
         left_out: a slot that keeps the old order, which makes the shuffle wrong.
         only: shuffle these groups, by number, and no others.
     """
     random = np.random.default_rng(seed)
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-    new: dict[str, Tensor] = {}
+    tensors = tensors_of(model)
+    moves: list[tuple[Tensor, int, Ids]] = []
     for number, group in enumerate(groups.groups):
         order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
         for slot in group.slots if only is None or number in only else ():
             if slot is not left_out:
-                tensor = new.get(slot.tensor, tensors[slot.tensor])
-                places = _moved(group, slot.index, order, tensor.shape[slot.dim]).to(tensor.device)
-                new[slot.tensor] = tensor.index_select(slot.dim, places)
-    return share(model, new)
+                tensor = tensors[slot.tensor]
+                moves.append((tensor, slot.dim, _moved(slot.index, order, tensor.shape[slot.dim])))
+    done: list[tuple[Tensor, int, Ids]] = []
+    try:
+        for tensor, dim, places in moves:
+            _move(tensor, dim, places)
+            done.append((tensor, dim, np.argsort(places)))
+        yield
+    finally:
+        for tensor, dim, places in reversed(done):
+            _move(tensor, dim, places)
 
 
-def _moved(group: Group, index: Any, order: Any, size: int) -> Tensor:
+def _move(tensor: Tensor, dim: int, places: Ids) -> None:
+    tensor.data = tensor.detach().index_select(dim, torch.from_numpy(places).to(tensor.device))
+
+
+def _moved(index: Any, order: Any, size: int) -> Ids:
     places = np.asarray(index)
     moved = np.arange(size)
     moved[places.ravel()] = places[order].ravel()
-    return torch.from_numpy(moved)
+    return moved
