@@ -5,6 +5,7 @@ import torch
 
 from secateur.measure.accuracy import accuracy
 from secateur.measure.latency import torch_threads
+from secateur.recipe import recovery
 from secateur.recipe.parts import BudgetPart, DataPart, ModelPart, StagePart
 from secateur.recipe.schema import Cut, Recipe, Train
 from secateur.recipe.steps import prepare, take
@@ -58,3 +59,17 @@ def test_without_batch_norm_there_are_no_statistics_and_it_says_so(tmp_path):
     setting, state = prepare(Recipe(data=DataPart(source="digits"), model=model, steps=(cut,)))
     _, outcome = take(1, state, setting)
     assert "There is no batch norm" in outcome.notes[-1]
+
+
+@pytest.mark.parametrize(("augment", "times"), [((), 1), (("crop", "flip"), 2)])
+def test_what_was_trained_on_mirrored_images_is_solved_on_them_too(tmp_path, monkeypatch, augment, times):
+    seen = []
+    monkeypatch.setattr(recovery, "reconstruct", lambda model, smaller, plan, inputs, **_: seen.extend(inputs) or ())
+    (tmp_path / "nets.py").write_text(NETWORK)
+    cut = Cut(guide="ranking", budget=BudgetPart(macs=0.5), recover="least-squares", recover_images=40)
+    data = DataPart(source="digits", batch_size=64, augment=augment)
+    setting, state = prepare(Recipe(data=data, model=ModelPart(source=f"{tmp_path / 'nets.py'}:make"), steps=(cut,)))
+    take(1, state, setting)
+    assert [len(images) for images in seen] == [40] * times
+    if times == 2:
+        assert torch.equal(seen[1], seen[0].flip(3)) and not torch.equal(seen[1], seen[0])

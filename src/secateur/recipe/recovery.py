@@ -17,10 +17,20 @@ from secateur.surgery.pattern import find_pattern
 
 
 def recover(
-    step: Cut, model: nn.Module, smaller: nn.Module, plan: Plan, images: Iterable[tuple[Tensor, Tensor]]
+    step: Cut,
+    model: nn.Module,
+    smaller: nn.Module,
+    plan: Plan,
+    images: Iterable[tuple[Tensor, Tensor]],
+    *,
+    mirrored: bool = False,
 ) -> tuple[str, ...]:
-    """Set batch norm's statistics, or solve all layers, of the smaller model in place; says what was done."""
-    inputs = Inputs(images)
+    """Set batch norm's statistics, or solve all layers, of the smaller model in place; says what was done.
+
+    Args:
+        mirrored: least squares also see each image from left to right.
+    """
+    inputs = Inputs(images, mirrored and step.recover == "least-squares")
     if step.recover == "statistics":
         layers = reset_statistics(smaller, inputs)
         if not layers:
@@ -55,9 +65,12 @@ def masks_for(step: Sparsify, model: nn.Module) -> Masks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of batches, without their labels; as often as they are asked for."""
+    """The images of batches, without their labels, as often as they are asked for; then mirrored, if they are to be."""
 
     batches: Iterable[tuple[Tensor, Tensor]]
+    mirrored: bool = False
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (images for images, _ in self.batches)
+        yield from (images for images, _ in self.batches)
+        if self.mirrored:
+            yield from (images.flip(-1) for images, _ in self.batches)

@@ -134,7 +134,8 @@ class Cut(Part):
     loss on so many images held out. A budget for latency goes by the times that each layer takes here in `runtime`,
     for one image: measured, or read from the file `table` if it is there, and kept in it. `recover` gets accuracy
     back at once, without labels, on `recover_images` of train: batch norm's "statistics" are estimated anew, or all
-    layers are solved by "least-squares" (`recover.reconstruct`), and with `recover_together` of 1 or more two and two.
+    layers are solved by "least-squares" (`recover.reconstruct`), and with `recover_together` of 1 or more two and two;
+    where the data's `augment` has "flip", on the mirrored images too.
     """
 
     kind: Literal["cut"] = "cut"

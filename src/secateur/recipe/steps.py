@@ -231,7 +231,8 @@ def cut(step: Cut, state: State, setting: Setting, table: Path | None = None) ->
     certificate = certify(model, smaller, plan, example)
     if not certificate.ok:
         raise ProofError(certificate.sentence)
-    found = recover(step, model, smaller, plan, Drawn(setting, step.recover_images))
+    mirrored = "flip" in setting.recipe.data.augment
+    found = recover(step, model, smaller, plan, Drawn(setting, step.recover_images), mirrored=mirrored)
     slow = () if times is None else why_not_faster(times, plan)[:REASONS]
     notes = (certificate.sentence, *slow, *found, *(() if state.masks is None else (MASKS_END,)))
     outcome = Outcome(

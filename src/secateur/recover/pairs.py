@@ -16,14 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.graph.rebuild import LAYOUTS
 from secateur.recover.held import SideBySide
 from secateur.recover.layers import Layer
 from secateur.recover.normal import Affine
-from secateur.recover.rows import matrix
+from secateur.recover.rows import inputs, matrix
 from secateur.recover.solving import Solved, Solving, Way
 
-ROUNDS = 12
+ROUNDS = 4
 """Of conjugate gradients, for each linear system."""
+ROWS = 1 << 13
+"""Places at which what a layer takes in is looked at for its moments."""
+ROUGH = 1e-4
+"""The least that moments are raised by: they need only be about right."""
 HALVINGS = 4
 """Times that a step which makes the error larger is halved before it is not taken."""
 FREE = 1e-6
@@ -54,6 +59,14 @@ class Convolution:
         )
         return out
 
+    def rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What makes outputs, at places drawn at random: (groups, places, columns of the weight's matrix)."""
+        args = (x, weight, None, self.stride, self.padding, self.dilation, False, None, self.groups)
+        count = len(x) * self(x[:1], weight)[0, 0].numel()
+        random = torch.Generator().manual_seed(0)
+        drawn = torch.randint(count, (ROWS,), generator=random).sort().values if count > ROWS else torch.arange(count)
+        return torch.cat([rows for rows, _ in inputs(0, args, drawn.to(x.device))], 1)
+
     def turned(self, given: Tensor, x: Tensor, weight: Tensor, *, inputs: bool = True) -> tuple[Tensor, ...]:
         """The transposed map of values (n, o, ...): to the inputs, the weight and the offset."""
         none, sizes = [0] * len(self.stride), [weight.shape[0]]
@@ -75,15 +88,49 @@ class Tangent:
 
     def __call__(self, changes: Weights) -> Tensor:
         first, second = self.maps
-        inner = first(self.x, changes[0], changes[1]).mul_(self.hidden > 0)
+        inner = self._where_on(first(self.x, changes[0], changes[1]))
         return (second(inner, self.weights[2]) + second(self.hidden, changes[2], changes[3])).mul_(self.counts)
 
     def turned(self, values: Tensor) -> Weights:
         """The transposed map."""
         first, second = self.maps
         back, weight, offset = second.turned(values * self.counts, self.hidden, self.weights[2])
-        _, inner, inner_offset = first.turned(back * (self.hidden > 0), self.x, self.weights[0], inputs=False)
+        _, inner, inner_offset = first.turned(self._where_on(back), self.x, self.weights[0], inputs=False)
         return [inner, inner_offset * self.free[0], weight, offset * self.free[1]]
+
+    def _where_on(self, values: Tensor) -> Tensor:
+        """Zero where the rectifier between the layers gives zero."""
+        out: Tensor = torch.ops.aten.threshold_backward(values, self.hidden, 0)
+        return out
+
+
+class Moments:
+    """What a layer's own part of the Gauss-Newton matrix is about: the second moments of what it takes in, times how
+    far each output reaches.
+
+    With that as preconditioner a few rounds do (Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-
+    factored Approximate Curvature", section 3).
+
+    Args:
+        own, x, weight: the convolution, what it takes in, and its weight.
+        reach: for each output, the square of what comes of 1 at the end.
+    """
+
+    def __init__(self, own: Convolution, x: Tensor, weight: Tensor, reach: Tensor, free: bool, ridge: float) -> None:
+        rows = own.rows(x, weight)
+        rows = torch.cat([rows, torch.full_like(rows[..., :1], float(free))], 2)
+        second = (rows.mT @ rows).double() / rows.shape[1]
+        raised = max(ridge, ROUGH) * second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(second.shape[:2])
+        offset = torch.full_like(raised[:, :1], FREE if free else 1.0)
+        self._factor = torch.linalg.cholesky(second + torch.cat([raised[:, :-1], offset], 1).diag_embed()).to(rows)
+        self._reach = reach.clamp(min=max(1e-3 * float(reach.mean()), torch.finfo(reach.dtype).tiny))
+
+    def step(self, weight: Tensor, offset: Tensor) -> Weights:
+        """The gradients of weight and offset as a step."""
+        both = torch.cat([weight.flatten(1), offset.unsqueeze(1)], 1) / self._reach.unsqueeze(1)
+        grouped = both.unflatten(0, (len(self._factor), -1))
+        found = torch.cholesky_solve(grouped.mT, self._factor).mT.flatten(0, 1)
+        return [found[:, :-1].reshape(weight.shape), found[:, -1]]
 
 
 class Pair:
@@ -101,7 +148,7 @@ class Pair:
         diagonal of the Gauss-Newton matrix; where S goes into a ReLU, S and t below zero are alike.
         """
         weights, before = start, self._error(start)
-        error = before
+        error, moments = before, self._moments(start, free, ridge)
         for _ in range(steps):
             hidden, sums = self._forward(weights)
             off, counts = self._off(sums)
@@ -110,7 +157,7 @@ class Pair:
             pulls = [ridge * scales[0], FREE * scales[1], ridge * scales[2], FREE * scales[3]]
             away = [pull * (w - s) for pull, w, s in zip(pulls, weights, start)]
             right = [g - a for g, a in zip(tangent.turned(-off), away)]
-            change = _conjugate(tangent, pulls, scales, right)
+            change = _conjugate(tangent, pulls, moments, right)
             for halved in range(HALVINGS):
                 tried = [w + c / 2**halved for w, c in zip(weights, change)]
                 if (now := self._error(tried)) < error:
@@ -135,6 +182,14 @@ class Pair:
             return float((sums.relu_() - self.targets.clamp(min=0)).square().mean(dtype=torch.float64))
         return float((sums - self.targets).square().mean(dtype=torch.float64))
 
+    def _moments(self, weights: Weights, free: tuple[bool, bool], ridge: float) -> tuple[Moments, Moments]:
+        """Those of both layers; a unit between them reaches as far as its weights in the second, half of the time."""
+        hidden = self.maps[0](self.x, weights[0], weights[1]).relu_()
+        reach = weights[2].unflatten(0, (self.maps[1].groups, -1)).square().flatten(3).sum((1, 3)).flatten() / 2
+        given = (self.x, weights[0], reach), (hidden, weights[2], torch.ones_like(weights[3]))
+        one, other = (Moments(own, *each, f, ridge) for own, each, f in zip(self.maps, given, free))
+        return one, other
+
     def _diagonal(self, hidden: Tensor, weights: Weights) -> tuple[float, ...]:
         """The mean of each weight's entries on the diagonal of the Gauss-Newton matrix, half of all units being on."""
         places = self.targets.numel() / self.targets.shape[1]
@@ -144,10 +199,17 @@ class Pair:
         return tuple(max(places * v, tiny) for v in (reach * size[0], reach, size[1], 1.0))
 
 
-def _conjugate(tangent: Tangent, pulls: Sequence[float], scales: Sequence[float], right: Weights) -> Weights:
-    """(J^T J + pulls) change = right, begun at nothing, with the scales as preconditioner."""
+def _conjugate(
+    tangent: Tangent, pulls: Sequence[float], moments: tuple[Moments, Moments], right: Weights
+) -> Weights:
+    """(J^T J + pulls) change = right, begun at nothing, with the moments as preconditioner."""
+    one, other = moments
+
+    def step(gradients: Weights) -> Weights:
+        return [*one.step(*gradients[:2]), *other.step(*gradients[2:])]
+
     change, rest = [torch.zeros_like(r) for r in right], right
-    scaled = [r / s for r, s in zip(rest, scales)]
+    scaled = step(rest)
     way, size = scaled, _dot(rest, scaled)
     for _ in range(ROUNDS):
         if size <= 0:
@@ -156,7 +218,7 @@ def _conjugate(tangent: Tangent, pulls: Sequence[float], scales: Sequence[float]
         length = size / _dot(way, turned)
         change = [c + length * w for c, w in zip(change, way)]
         rest = [r - length * t for r, t in zip(rest, turned)]
-        scaled = [r / s for r, s in zip(rest, scales)]
+        scaled = step(rest)
         before, size = size, _dot(rest, scaled)
         way = [s + size / before * w for s, w in zip(scaled, way)]
     return change
@@ -204,8 +266,10 @@ def solve_pair(
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """As one batch, with the channels last, in which convolutions of few channels take half the time."""
     whole = torch.cat([part.detach() for part in parts])
-    return whole.float() if whole.dtype.itemsize < 4 else whole
+    whole = whole.float() if whole.dtype.itemsize < 4 else whole
+    return whole.contiguous(memory_format=LAYOUTS[whole.ndim]) if whole.ndim in LAYOUTS else whole
 
 
 def _folded(affine: Affine, shape: torch.Size, like: Tensor) -> Weights:

@@ -17,17 +17,18 @@ PIECE = 1 << 22
 """Numbers in a piece."""
 
 
-def inputs(layer: Layer, args: Sequence[Any], places: Tensor) -> Iterator[tuple[Tensor, slice]]:
+def inputs(operand: int, args: Sequence[Any], places: Tensor) -> Iterator[tuple[Tensor, slice]]:
     """The input of a call in pieces (groups, rows, columns), and which of the `places` they are.
 
     A row is an output position, counted with the batch as the outermost axis; its columns are the channels, and for a
     convolution channels x places in the kernel, in the weight's order.
 
     Args:
+        operand: which of the arguments the input is.
         args: of the call.
         places: (rows,) the positions that are wanted.
     """
-    x = args[layer.operand].detach()
+    x = args[operand].detach()
     x = x.float() if x.dtype.itemsize < 4 else x
     if len(args) < 9:
         for at in _pieces(len(places), x.shape[-1]):

@@ -182,7 +182,7 @@ class Solving:
             odd = (at // each + images) % 2
             for half, seen in enumerate(halves):
                 mine = at[odd == half].to(sums.device)
-                for rows, piece in inputs(layer, args, mine):
+                for rows, piece in inputs(layer.operand, args, mine):
                     wanted = self._rows(sums, mine[piece], rows)
                     rest = torch.zeros_like(wanted) if other is None else self._rows(other, mine[piece], rows)
                     if found is not None:
