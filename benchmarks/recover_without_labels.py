@@ -18,8 +18,9 @@ Which units go is the choice of `--choice`:
   logits for each image; the score is the one price to the power of 1/4 times the other to the power of 3/4. The first
   takes errors as all alike, the second as if no later layer took them up.
 
-`--mixed` share: layers are solved on the images as they are and once more mixed pairwise by this share, moved by up to
-four pixels and mirrored: the network is less sure of those, as it is of images that it has not been trained on.
+Layers are solved on the images and, with `--mirrored`, on their mirror images. `--mixed` share: once more mixed
+pairwise by this share, moved by up to four pixels and mirrored: the network is less sure of those, as it is of images
+that it has not been trained on.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--choice", choices=sorted(CHOICES), default="outputs")
-    parser.add_argument("--mixed", type=float, default=0.2)
+    parser.add_argument("--mirrored", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mixed", type=float, default=0.0)
     parser.add_argument("--ridge", type=float, nargs="*", default=[0.03])
     parser.add_argument("--together", type=int, default=2, help="steps for two layers at once, as in `reconstruct`")
     parser.add_argument("--test", type=int, default=10000, help="test images, the first ones")
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dic
     groups = sc.find_groups(model, data.example())
     test = list(data.test.take(range(options.test)).batches(250, mean=data.mean, std=data.std))
     kind = {"model": options.model, "choice": options.choice, "images": options.images, "mixed": options.mixed}
-    kind |= {"ridge": options.ridge, "together": options.together}
+    kind |= {"ridge": options.ridge, "together": options.together, "mirrored": options.mirrored}
     kind |= {"test": len(data.test.take(range(options.test)))}
     whole = next((row["whole"] for row in rows if kind.items() <= row.items()), None)
     whole = accuracy(model, test) if whole is None else whole
@@ -91,6 +93,7 @@ def run(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dic
             chosen = time.perf_counter()
             raw, reset, solved = (sc.apply(model, plan) for _ in range(3))
             inputs = mixed(images, options.mixed, seed)
+            inputs += [batch.flip(3) for batch in images.split(64)] if options.mirrored else []
             way = {"ridge": options.ridge, "together": options.together, "held": len(inputs)}
             found = reconstruct(model, solved, plan, inputs, **way)
             seconds = [chosen - begun, time.perf_counter() - chosen]
@@ -228,7 +231,7 @@ def accuracy(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> floa
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """A line for each ratio and choice: means over the draws and the sample standard deviation."""
     print("| model | choice | images | MACs | draws | whole | raw | reset | solved | seconds |\n|" + "---|" * 10)
-    names = ("model", "choice", "images", "mixed", "ridge", "together", "test", "times")
+    names = ("model", "choice", "images", "mixed", "ridge", "together", "mirrored", "test", "times")
     kinds = [tuple(str(row.get(name, 0)) for name in names) for row in rows]
     for kind in dict.fromkeys(kinds):
         mine = [row for row, own in zip(rows, kinds) if own == kind]
@@ -237,8 +240,8 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             column = [row[name] for row in mine]
             cells.append(f"{statistics.mean(column):.2f} ± {statistics.stdev(column) if len(column) > 1 else 0:.2f}")
         seconds = statistics.mean(row["choosing"] + row["solving"] for row in mine)
-        way = f"{kind[2]}, mixed {kind[3]}, ridge {kind[4]}, together {kind[5]}"
-        start = f"| {kind[0]} | {kind[1]} | {way} | 1/{kind[7]} | {len(mine)} | "
+        way = f"{kind[2]}, mixed {kind[3]}, ridge {kind[4]}, together {kind[5]}, mirrored {kind[6]}"
+        start = f"| {kind[0]} | {kind[1]} | {way} | 1/{kind[8]} | {len(mine)} | "
         print(start + f"{mine[0]['whole']:.2f} | " + " | ".join(cells) + f" | {seconds:.0f} |")
 
 

@@ -7,7 +7,8 @@
 
 Both cuts take inner channels of the blocks, one of each stays, until the MACs are 2.11 times fewer:
 
-- "ours": the choice "outputs" of `recover_without_labels.py` and layers solved by least squares, on 512 train images.
+- "ours": the choice "outputs" of `recover_without_labels.py`, and layers solved by least squares, two at once, on 512
+  train images and their mirror images.
 - "peer": FPGM, the best of its criteria in `criteria_resnet56.py`, and statistics of the batch norms from 2,048 images.
 - "scratch": the architecture of "ours" with new weights.
 
@@ -37,9 +38,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.recover.history import EpochRow
-from secateur.recover.reconstruct import reconstruct
 
-KIND = ("model", "cut", "epochs", "lr", "temperature", "share", "mixed", "more")
+KIND = ("model", "cut", "epochs", "lr", "temperature", "share", "mixed", "more", "features")
 """What two runs of one kind have in common."""
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--share", type=float, default=0.9, help="of the teacher in the loss")
     parser.add_argument("--mixed", action="store_true", help="images are mixed pairwise: the teacher sees them as well")
+    parser.add_argument("--features", type=float, default=0.0, help="weight of the blocks' outputs, beside the whole's")
     parser.add_argument("--more", help="a data set whose train images are half of each batch, without labels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("train_resnet56.jsonl"))
@@ -105,7 +106,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sc.fine_tune(
         small, train, lambda: data.validation.batches(250, **shape), [sc.Stage(options.lr, options.epochs)],
         schedule="one-cycle", nesterov=True, weight_decay=5e-4, channels_last=True, bf16=True, keep="last",
-        distill=sc.Distillation(model, temperature=options.temperature, weight=options.share),
+        distill=sc.Distillation(
+            model, options.temperature, options.share, matches=matches(model, groups, options.features)
+        ),
         mix=sc.OneOf((sc.Mixup(1.0), sc.CutMix(1.0))) if options.mixed else None,
         batches_per_epoch=steps, checkpoint=options.folder / name, on_epoch=told,
     )  # fmt: skip
@@ -124,13 +127,22 @@ def cut(model: nn.Module, groups: sc.Groups, data: sc.Data, options: argparse.Na
     plan = recover_without_labels.by_outputs(model, groups, images, options.times)
     small = sc.apply(model, plan)
     if options.cut == "ours":
-        reconstruct(model, small, plan, recover_without_labels.mixed(images, 0.2, options.seed), ridge=[0.03], held=512)
+        both = torch.cat([images, images.flip(3)]).split(64)
+        sc.reconstruct(model, small, plan, both, ridge=0.01, together=2, held=len(both))
         return small
     torch.manual_seed(options.seed)
     for module in small.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
     return small
+
+
+def matches(model: nn.Module, groups: sc.Groups, weight: float) -> tuple[sc.Features, ...]:
+    """What each block gives, of which no unit was cut: the mean square of the difference, the mean over blocks."""
+    blocks = [name for name, module in model.named_modules() if hasattr(module, "conv2")]
+    whole = sc.Plan(groups, tuple(tuple(range(group.size)) for group in groups.groups))
+    layers = {name: f"{name}.bn2" for name in blocks}
+    return (sc.Features(whole, layers, weight / len(blocks)),) if weight else ()
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -145,6 +157,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         minutes = statistics.mean(row["train_seconds"] + row["cut_seconds"] for row in mine) / 60
         way = f"{kind[2]} x {kind[3]} | {kind[5]} at T = {kind[4]}{', mixed' if kind[6] else ''}"
+        way += f", blocks' outputs {kind[8]}" if kind[8] else ""
         way += f", half of the images from {kind[7]}" if kind[7] else ""
         print(f"| {kind[1]} | {way} | {len(mine)} | {cells[0]} | {cells[1]} | {minutes:.0f} |")
 
