@@ -72,4 +72,5 @@ def test_what_was_trained_on_mirrored_images_is_solved_on_them_too(tmp_path, mon
     take(1, state, setting)
     assert [len(images) for images in seen] == [40] * times
     if times == 2:
-        assert torch.equal(seen[1], seen[0].flip(3)) and not torch.equal(seen[1], seen[0])
+        assert torch.equal(seen[1], seen[0].flip(3))
+        assert not torch.equal(seen[1], seen[0])

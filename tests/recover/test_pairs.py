@@ -80,6 +80,27 @@ def test_a_step_solves_the_linear_system(monkeypatch: pytest.MonkeyPatch) -> Non
     assert taken in (1, 2, 4, 8)
 
 
+@pytest.mark.parametrize("free", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("seed", range(3))
+def test_moments_make_a_few_rounds_do(monkeypatch: pytest.MonkeyPatch, free: tuple[bool, bool], seed: int) -> None:
+    random, own = torch.Generator().manual_seed(seed), Convolution((1, 1), (1, 1), (1, 1), 1)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    spread = torch.logspace(0, -1.5, 8, dtype=torch.float64)  # channels that are alike, and whose mean is not 0
+    x = 2 + torch.einsum("nihw,i,io->nohw", drawn(48, 8, 6, 6), spread, drawn(8, 8))
+    whole = [drawn(12, 8, 3, 3) / 9, drawn(12), drawn(6, 12, 3, 3) / 10, drawn(6)]
+    targets = F.conv2d(F.conv2d(x, whole[0], whole[1], padding=1).relu(), whole[2], whole[3], padding=1)
+    start = [w + 0.3 * w.std() * drawn(*w.shape) for w in whole]
+    pair = Pair((own, own), x, 0.0, targets, rectified=False)
+    found, before, after = pair.solve(start, free, 1e-4, 2)
+    assert [torch.equal(found[i], start[i]) for i in (1, 3)] == [not f for f in free]
+    monkeypatch.setattr(pairs.Moments, "step", lambda self, weight, offset: [weight, offset])
+    _, _, without = pair.solve(start, free, 1e-4, 2)
+    assert after < without / 3 < before / 9
+
+
 def test_below_a_rectifier_all_is_alike() -> None:
     pair, at = problem(rectified=True)
     found, before, after = pair.solve(at, (True, True), 0.01, 3)
