@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -59,18 +59,24 @@ def left(groups: Groups, keep: tuple[tuple[int, ...], ...]) -> dict[str, int]:
     return {**left, "units": sum(map(len, keep))}
 
 
+def named(groups: Groups, names: Sequence[str]) -> list[int]:
+    """The groups of these names, and those of which a layer of such a name makes units."""
+    makers = [{s.tensor.rpartition(".")[0] for s in g.slots if s.role == "write"} for g in groups.groups]
+    return [i for i, (g, made) in enumerate(zip(groups.groups, makers)) if not {g.name, *made}.isdisjoint(names)]
+
+
 def allowed(groups: Groups, limits: Limits) -> Iterator[tuple[tuple[int, ...], ...]]:
     """For each set of groups that move together, the counts that it may have: by definition, from all counts."""
-    names = [group.name for group in groups.groups]
-    tied = [names.index(name) for family in limits.tied for name in family]
-    for members in [*([tied] if tied else []), *([g] for g in range(len(names)) if g not in tied)]:
+    tied = named(groups, [name for family in limits.tied for name in family])
+    spared = named(groups, limits.keep)
+    for members in [*([tied] if tied else []), *([g] for g in range(len(groups.groups)) if g not in tied)]:
         sizes = [groups.groups[g].size for g in members]
         rows = []
         for row in itertools.product(*(range(1, size + 1) for size in sizes)):
             same = all(n * sizes[0] == row[0] * size for n, size in zip(row, sizes))
             fine = all(n >= limits.least and n % limits.multiple == 0 for n in row)
             capped = all(size - n <= size * limits.cap + 1e-9 for n, size in zip(row, sizes))
-            kept = any(names[g] in limits.keep for g in members)
+            kept = any(g in spared for g in members)
             if row == tuple(sizes) or (same and fine and capped and not kept):
                 rows.append(tuple(zip(members, row)))
         yield tuple(rows)
@@ -100,6 +106,15 @@ def drawn_limits(draw: st.DrawFn, groups: Groups) -> Limits:
         keep=draw(st.sampled_from([(), (), tuple(names[:1])])),
         tied=draw(st.sampled_from([(), (tuple(pair),)])) if len(pair) == 2 else (),
     )
+
+
+def test_a_layer_that_makes_units_of_two_groups_ties_both():
+    _, groups = model_and_groups(2)
+    assert [group.name for group in groups.groups] == ["stem", "a", "b"]
+    scores = random_scores(groups, 0)
+    assert [len(k) for k in allocate(scores, Uniform(0.5), limits=Limits(tied=(("b",),))).keep] == [2, 3, 2]
+    with pytest.raises(PlanError, match="without it there is a plan"):  # 4, 5 and 4 units have no common divisor
+        allocate(scores, Uniform(), budget=Budget(params=0.5), limits=Limits(tied=(("a", "b"),)))
 
 
 @settings(deadline=None, max_examples=120)
