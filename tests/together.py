@@ -25,6 +25,7 @@ import secateur as sc
 from secateur.recover.distillation import Attention, Distillation, Features
 from secateur.recover.mixing import CutMix, Mixup, OneOf
 from secateur.recover.moving import RigL
+from secateur.recover.parallel import leave
 from secateur.recover.penalties import GroupLasso
 from secateur.recover.train import Stage, fine_tune
 
@@ -197,3 +198,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
+    os._exit(0)  # as `recipe.together` ends: threads of gloo that are still there abort a usual exit now and then
