@@ -69,7 +69,8 @@ def test_what_was_trained_on_mirrored_images_is_solved_on_them_too(tmp_path, mon
     cut = Cut(guide="ranking", budget=BudgetPart(macs=0.5), recover="least-squares", recover_images=40)
     data = DataPart(source="digits", batch_size=64, augment=augment)
     setting, state = prepare(Recipe(data=data, model=ModelPart(source=f"{tmp_path / 'nets.py'}:make"), steps=(cut,)))
-    take(1, state, setting)
+    _, outcome = take(1, state, setting)
+    assert ("mirror images" in outcome.notes[-1]) == (times == 2)
     assert [len(images) for images in seen] == [40] * times
     if times == 2:
         assert torch.equal(seen[1], seen[0].flip(3))

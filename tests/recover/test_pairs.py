@@ -101,6 +101,18 @@ def test_moments_make_a_few_rounds_do(monkeypatch: pytest.MonkeyPatch, free: tup
     assert after < without / 3 < before / 9
 
 
+@pytest.mark.parametrize("free", [(True, True), (False, False)])
+def test_layers_that_take_in_nothing_are_left_as_they_are(free: tuple[bool, bool]) -> None:
+    pair, at = problem(rectified=False)
+    pair.x = torch.zeros_like(pair.x)
+    at = [at[0], torch.zeros_like(at[1]), at[2], at[3]]
+    found, before, after = pair.solve(at, free, 0.0, 1)
+    assert all(w.isfinite().all() for w in found)
+    assert after <= before
+    assert torch.equal(found[0], at[0])
+    assert torch.equal(found[3], at[3]) != free[1]
+
+
 def test_below_a_rectifier_all_is_alike() -> None:
     pair, at = problem(rectified=True)
     found, before, after = pair.solve(at, (True, True), 0.01, 3)

@@ -38,7 +38,8 @@ def recover(
         return (f"The statistics of {len(layers)} batch norms were estimated anew on train images, without labels.",)
     if step.recover == "least-squares":
         solved = reconstruct(model, smaller, plan, inputs, together=step.recover_together)
-        return (f"The weights of {len(solved)} layers were solved by least squares on train images, without labels.",)
+        on = "train images and their mirror images" if mirrored else "train images"
+        return (f"The weights of {len(solved)} layers were solved by least squares on {on}, without labels.",)
     return ()
 
 

@@ -114,6 +114,7 @@ class Moments:
     Args:
         own, x, weight: the convolution, what it takes in, and its weight.
         reach: for each output, the square of what comes of 1 at the end.
+        free, ridge: as for `Pair.solve`.
     """
 
     def __init__(self, own: Convolution, x: Tensor, weight: Tensor, reach: Tensor, free: bool, ridge: float) -> None:
@@ -121,6 +122,7 @@ class Moments:
         rows = torch.cat([rows, torch.full_like(rows[..., :1], float(free))], 2)
         second = (rows.mT @ rows).double() / rows.shape[1]
         raised = max(ridge, ROUGH) * second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(second.shape[:2])
+        raised = raised.clamp(min=torch.finfo(rows.dtype).tiny)  # a layer that takes in nothing has no moments
         offset = torch.full_like(raised[:, :1], FREE if free else 1.0)
         self._factor = torch.linalg.cholesky(second + torch.cat([raised[:, :-1], offset], 1).diag_embed()).to(rows)
         self._reach = reach.clamp(min=max(1e-3 * float(reach.mean()), torch.finfo(reach.dtype).tiny))

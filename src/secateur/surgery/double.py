@@ -63,7 +63,8 @@ class Still(TorchDispatchMode):
 def doubled(model: nn.Module) -> nn.Module:
     """A copy of the model in float64 and eval mode."""
     plain = [t for t in tensors_of(model).values() if t.dtype in LOW and type(t) in (Tensor, nn.Parameter)]
-    wide = {id(tensor): as_kind(tensor.detach().double(), tensor) for tensor in plain}  # not copied before as it is
+    # Not first copied as they are, which would take half as much memory again.
+    wide = {id(tensor): as_kind(tensor.detach().double(), tensor) for tensor in plain}
     return duplicate(model, wide).double().eval()
 
 
