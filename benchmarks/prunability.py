@@ -2,13 +2,14 @@
 
     python benchmarks/prunability.py --source torchvision --peer --out torchvision.jsonl
     python benchmarks/prunability.py --source timm --families --out timm.jsonl
-    python benchmarks/prunability.py --source timm --drawn --minutes 60 --out drawn.jsonl
+    python benchmarks/prunability.py --source timm --drawn --side 112 --minutes 60 --out drawn.jsonl
     python benchmarks/prunability.py --source transformers --names llama swin --out transformers.jsonl
     python benchmarks/prunability.py --table torchvision.jsonl
 
 Every model runs in a process of its own, forked from one that has the libraries, with a time limit; rows that are in
 the file already are not run again. `--drawn` takes the names in an order drawn at random, the same each time, so that
-as many as there is time for are a fair sample of all. Ours:
+as many as there is time for are a fair sample of all; with `--side`, models of timm that take images of that side are
+given such, which has the same units and takes less time. Ours:
 find the groups, cut half of every group, and separately certify a random plan with another share for each group.
 Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The tier is
 (a) if only attributes follow the cut, (b) if calls are replayed or attention is headwise. Seconds and memory are those
@@ -19,6 +20,7 @@ it: L2 magnitude, ratio 0.5, the last classifier ignored, a minute at most; "run
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -28,11 +30,14 @@ import statistics
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models import build, names
+import models
 
+Build = Callable[[str], tuple[Any, Any]]
+"""A model by its name, and inputs for it."""
 LIMIT_S = 300
 PEER_LIMIT_S = 60
 BARE = 1 << 20
@@ -48,37 +53,39 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning on the same models as well")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one model")
     parser.add_argument("--drawn", action="store_true", help="in an order drawn at random")
+    parser.add_argument("--side", type=int, default=0, help="of the images, in pixels, where a timm model takes such")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more models after so many")
     parser.add_argument("--table", type=Path, help="print a results file as a Markdown table and stop")
     options = parser.parse_args()
     if options.table:
         print(markdown(read(options.table)))
         return
-    chosen = options.names or (families() if options.families else names(options.source))
+    chosen = options.names or (families() if options.families else models.names(options.source))
     if options.drawn:
         random.Random(0).shuffle(chosen)
     importlib.import_module(options.source)
     importlib.import_module("secateur").find_groups  # noqa: B018 - imported when asked for
     until = time.perf_counter() + 60 * options.minutes
-    sweep(options.source, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit, until)
+    build = functools.partial(models.build, options.source, side=options.side)
+    sweep(build, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit, until)
 
 
-def sweep(source: str, names: list[str], who: tuple[str, ...], out: Path, limit: int, until: float) -> None:
+def sweep(build: Build, names: list[str], who: tuple[str, ...], out: Path, limit: int, until: float) -> None:
     """Run what is missing in the file, one process for each row."""
     done = {(row["who"], row["name"]) for row in read(out)}
     for one, name in ((one, name) for name in names for one in who):
         if (one, name) in done or time.perf_counter() > until:
             continue
-        row = in_process(one, source, name, limit if one == "ours" else min(limit, PEER_LIMIT_S))
+        row = in_process(one, build, name, limit if one == "ours" else min(limit, PEER_LIMIT_S))
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{one:4} {name:36} {row['outcome']:9} {row.get('note', '')[:90]}", flush=True)
 
 
-def in_process(who: str, source: str, name: str, limit: int) -> dict[str, Any]:
+def in_process(who: str, build: Build, name: str, limit: int) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_report, args=(there, who, source, name), daemon=True)
+    child = context.Process(target=_report, args=(there, who, build, name), daemon=True)
     start = time.perf_counter()
     child.start()
     there.close()
@@ -94,27 +101,28 @@ def in_process(who: str, source: str, name: str, limit: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, **row}
 
 
-def _report(there: Any, who: str, source: str, name: str) -> None:
+def _report(there: Any, who: str, build: Build, name: str) -> None:
     """In the process of its own: send the row, or the error as one."""
     try:
-        there.send(measure_one(who, source, name))
+        there.send(measure_one(who, build, name))
     except Exception as error:
         note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         there.send({"who": who, "name": name, "outcome": "fails", "note": note})
 
 
-def measure_one(who: str, source: str, name: str) -> dict[str, Any]:
+def measure_one(who: str, build: Build, name: str) -> dict[str, Any]:
     """One model, in this process."""
     import torch
 
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    model, inputs = build(source, name)
+    model, inputs = build(name)
     model.eval()
     before = sum(p.numel() for p in model.parameters())
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     row = ours(model, inputs) if who == "ours" else peer(model, inputs)
-    return {"who": who, "source": source, "name": name, "before": before, "bytes": size, **row}
+    side = {"side": inputs.shape[-1]} if isinstance(inputs, torch.Tensor) else {}
+    return {"who": who, "name": name, "before": before, "bytes": size, **side, **row}
 
 
 def families() -> list[str]:

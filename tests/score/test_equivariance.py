@@ -21,7 +21,7 @@ from secateur.score.median import Median
 from secateur.score.scaling import by_max, by_mean, gaussian, lamp
 from secateur.score.scoring import Criterion, score
 from secateur.score.taylor import Taylor
-from secateur.surgery.shuffle import shaken, shuffled
+from secateur.surgery.shuffle import Shuffle, shaken
 
 SEED = 3
 
@@ -61,7 +61,7 @@ def test_scores_follow_the_units(net: networks.Net) -> None:
     assert [group.size for group in groups.groups] == list(net.sizes)
     for criterion in criteria(inputs):
         before = score(model, groups, criterion)
-        with shuffled(model, groups, SEED):
+        with Shuffle(model, groups, SEED):
             after = score(model, groups, criterion)
         for old, new, order in zip(before.values, after.values, orders(groups), strict=True):
             torch.testing.assert_close(new, old[torch.from_numpy(order)], rtol=1e-7, atol=1e-12)
@@ -73,7 +73,7 @@ def test_scaled_scores_follow_the_units(scale: Any) -> None:
     model = networks.build(net).double()
     groups = find_groups(model, net.inputs().double())
     before = score(model, groups, Magnitude(), scale)
-    with shuffled(model, groups, SEED):
+    with Shuffle(model, groups, SEED):
         after = score(model, groups, Magnitude(), scale)
     for old, new, order in zip(before.values, after.values, orders(groups), strict=True):
         torch.testing.assert_close(new, old[torch.from_numpy(order)])

@@ -29,7 +29,7 @@ from secateur.graph.replay import PythonCalls
 from secateur.surgery.cut import apply, check_fits
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
 from secateur.surgery.ends import Ends, GroupErrors, group_errors
-from secateur.surgery.shuffle import shaken, shuffled
+from secateur.surgery.shuffle import Shuffle, shaken
 from secateur.surgery.simulate import Zeroing, analyse_run, simulate, stays_of
 
 TOLERANCE = 1e-9
@@ -244,19 +244,24 @@ def _shuffles(model: nn.Module, groups: Groups, inputs: Any, seed: int, decides:
     follow = analyse_run(model, inputs).decisions if decides else {}
     before = outputs(model, inputs, follow)
 
-    def moves(**options: Any) -> float:
-        with shuffled(model, groups, seed, **options):
-            return distance(before, outputs(model, inputs, follow))
+    def moved() -> float:
+        return distance(before, outputs(model, inputs, follow))
 
-    error = moves()
+    def moves(only: Sequence[int]) -> float:
+        with Shuffle(model, groups, seed, only):
+            return moved()
+
     slots = [slot for group in groups.groups if group.size > 1 for slot in group.slots]
     reads = [slot for slot in slots if slot.role == "read"] or slots
     control = 0.0
-    for left_out in reads[:: max(1, len(reads) // CONTROLS)]:  # some slots only feed what is not used
-        control = max(control, moves(left_out=left_out))
-        if stands_clear(control, error):
-            break
-    guilty = () if error < TOLERANCE else _guilty(range(len(groups.groups)), lambda only: moves(only=only))
+    with Shuffle(model, groups, seed) as shuffle:
+        error = moved()
+        for left_out in reads[:: max(1, len(reads) // CONTROLS)]:  # some slots only feed what is not used
+            with shuffle.without(left_out):
+                control = max(control, moved())
+            if stands_clear(control, error):
+                break
+    guilty = () if error < TOLERANCE else _guilty(range(len(groups.groups)), moves)
     return _Shuffles(error, control, tuple(groups.groups[number].name for number in guilty))
 
 

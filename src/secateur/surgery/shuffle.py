@@ -32,34 +32,49 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
     return share(model, new)
 
 
-@contextlib.contextmanager
-def shuffled(
-    model: nn.Module, groups: Groups, seed: int, *, left_out: Slot | None = None, only: Collection[int] | None = None
-) -> Iterator[None]:
+class Shuffle:
     """Within it, the units of every group of `model` are in another order; one tensor at a time is in memory twice.
 
     Args:
-        left_out: a slot that keeps the old order, which makes the shuffle wrong.
         only: shuffle these groups, by number, and no others.
     """
-    random = np.random.default_rng(seed)
-    tensors = tensors_of(model)
-    moves: list[tuple[Tensor, int, Ids]] = []
-    for number, group in enumerate(groups.groups):
-        order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
-        for slot in group.slots if only is None or number in only else ():
-            if slot is not left_out:
+
+    def __init__(self, model: nn.Module, groups: Groups, seed: int, only: Collection[int] | None = None) -> None:
+        random = np.random.default_rng(seed)
+        tensors = tensors_of(model)
+        self._moves: list[tuple[Slot, Tensor, Ids]] = []
+        for number, group in enumerate(groups.groups):
+            order = np.roll(np.arange(group.size), 1) if group.size < 3 else random.permutation(group.size)
+            for slot in group.slots if only is None or number in only else ():
                 tensor = tensors[slot.tensor]
-                moves.append((tensor, slot.dim, _moved(slot.index, order, tensor.shape[slot.dim])))
-    done: list[tuple[Tensor, int, Ids]] = []
-    try:
-        for tensor, dim, places in moves:
-            _move(tensor, dim, places)
-            done.append((tensor, dim, np.argsort(places)))
-        yield
-    finally:
-        for tensor, dim, places in reversed(done):
-            _move(tensor, dim, places)
+                self._moves.append((slot, tensor, _moved(slot.index, order, tensor.shape[slot.dim])))
+        self._done = 0
+
+    def __enter__(self) -> Shuffle:
+        try:
+            for slot, tensor, places in self._moves:
+                _move(tensor, slot.dim, places)
+                self._done += 1
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._done:
+            self._done -= 1
+            slot, tensor, places = self._moves[self._done]
+            _move(tensor, slot.dim, np.argsort(places))
+
+    @contextlib.contextmanager
+    def without(self, left_out: Slot) -> Iterator[None]:
+        """Within it, this slot has its old order, which makes the shuffle wrong. No two slots share a place."""
+        ((tensor, places),) = [(tensor, places) for slot, tensor, places in self._moves if slot is left_out]
+        _move(tensor, left_out.dim, np.argsort(places))
+        try:
+            yield
+        finally:
+            _move(tensor, left_out.dim, places)
 
 
 def _move(tensor: Tensor, dim: int, places: Ids) -> None:
