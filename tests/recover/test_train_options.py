@@ -181,7 +181,8 @@ def test_only_some_are_trained_and_the_rest_is_as_it_was() -> None:
         one_epoch(model, only=lambda name: False)
 
 
-def test_bf16_is_autocast_with_losses_in_float32() -> None:
+def test_bf16_is_autocast_with_losses_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.recover.place.has_bf16", lambda device: True)
     model, replica = network(), network()
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
@@ -195,6 +196,17 @@ def test_bf16_is_autocast_with_losses_in_float32() -> None:
     assert_same_weights(model, replica)
     assert model[0].weight.dtype == torch.float32
     assert plain != one_epoch(network())
+
+
+def test_bf16_is_float32_on_a_cpu_without_instructions_for_it_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.recover.place.has_bf16", lambda device: device.type != "cpu")
+    one, other = network(), network()
+    torch.manual_seed(3)
+    (note,) = tune(one, bf16=True).notes
+    torch.manual_seed(3)
+    assert tune(other).notes == ()
+    assert note.startswith("bf16 was asked for, and this CPU has no instructions")
+    assert_same_weights(one, other)
 
 
 def test_compile_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             return checkpoint
         went_on = f"Went on after epoch {len(checkpoint.history.rows)} from {path}"
         note = f"{went_on}, because the newer checkpoint cannot be used: {refused[0]}"
-        history = dataclasses.replace(checkpoint.history, notes=(*checkpoint.history.notes, note))
-        return dataclasses.replace(checkpoint, history=history)
+        return dataclasses.replace(checkpoint, history=checkpoint.history.with_notes(note))
     raise TrainingError(
         f"no checkpoint in {folder} can be used: {' '.join(refused)} "
         "Remove that folder to start from the beginning."

@@ -48,7 +48,7 @@ class History:
     Attributes:
         rows: one per finished epoch; `rows[i].epoch == i + 1`.
         best_epoch: the one whose weights are kept, counted from 1; 0 while no epoch is finished.
-        notes: sentences for the report, such as that a damaged checkpoint was passed over.
+        notes: sentences for the report, such as that a damaged checkpoint was passed over, or bf16 not used.
 
     >>> row = EpochRow(1, 0.1, 0.7, 0.5, 0.6, 0.75, 1.5)
     >>> history = History().with_row(row)
@@ -81,6 +81,14 @@ class History:
         """
         best = row.epoch if last or not self.best_epoch or better(row, self.best) else self.best_epoch
         return dataclasses.replace(self, rows=(*self.rows, row), best_epoch=best)
+
+    def with_notes(self, *notes: str) -> History:
+        """This history with more notes, but for those it has.
+
+        >>> History(notes=("checked",)).with_notes("checked", "resumed").notes
+        ('checked', 'resumed')
+        """
+        return dataclasses.replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def to_json(self) -> dict[str, Any]:
         """The history as JSON values.

@@ -122,7 +122,9 @@ def fine_tune(
             best on validation may be the first, before any are.
         after_step: called after each optimizer step, before masked weights are set to zero.
         channels_last: train in that memory format; the weights are in the usual one afterwards.
-        bf16, compile: run under autocast in bfloat16; by way of `torch.compile`.
+        bf16: run under autocast in bfloat16; on a CPU that has no instructions for it, in float32, and the history says
+            so.
+        compile: run by way of `torch.compile`.
         parallel: what each process holds of the model where `torchrun` started several: all of it, or a share
             ("sharded", for what fits no single GPU; then the model is left on the CPU, and as it came after an error).
             Every process has to make the same call. Each takes its slice of the same batches, so that the result is
@@ -193,6 +195,7 @@ def fine_tune(
         loop.after_step = _after_step(loop, penalty if proximal else None, strength, after_step)
         try:
             loop.go_on()
+            loop.history = loop.history.with_notes(*place.notes)
             for epoch in range(len(loop.history.rows), settings.epochs):
                 row = loop.epoch(epoch, train, validation)
                 if on_epoch is not None and together.writes:
