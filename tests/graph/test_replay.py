@@ -142,3 +142,27 @@ def test_calls_are_counted_as_on_real_tensors() -> None:
     plan = Plan(groups, tuple(tuple(range(0, group.size, 2)) for group in groups.groups))
     certificate = certify(model, apply(model, plan), plan, x)
     assert certificate.ok, certificate.sentence
+
+
+PASSES: list[tuple[torch.device, torch.dtype]] = []
+
+
+class Reader(nn.Module):
+    """Reads attributes of real tensors only, which counts as calls and runs no op; counts its passes on real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if not isinstance(y, FakeTensor):
+            PASSES.append((y.device, y.dtype))
+        return self.b(y.reshape(len(x), 5, 4, 6).mT.mT.tanh().reshape(len(x), 5, 24))
+
+
+def test_attributes_that_only_real_tensors_are_asked_for_are_no_other_path() -> None:
+    PASSES.clear()
+    groups = find_groups(Reader(), torch.randn(2, 5, 4))
+    assert groups.sizes
+    assert len(PASSES) == 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from secateur.graph.aside import find_aside
-from secateur.graph.capture import capture
+from secateur.graph.capture import Trace, capture
 from secateur.graph.probe import settle
 from secateur.graph.records import Groups
 from secateur.graph.units import Split
@@ -38,6 +38,14 @@ def find_groups(model: nn.Module, example_inputs: Any, *, split: Split = "outer"
         return found.groups
     # Calls are replayed by their numbers, and a model may take another path where it sees that tensors are fake.
     real = capture(model, example_inputs, fake=False)
-    if [call.site for call in real.python] == [call.site for call in trace.python]:
+    if _sites(real) == _sites(trace):
         return found.groups
     return settle(model, example_inputs, real, split, find_aside(model, example_inputs, real)).groups
+
+
+def _sites(trace: Trace) -> list[tuple[str, str, int]]:
+    """The calls that ran ops, each by its place in its module; attributes, such as `x.mT`, are never replayed, so that
+    it does not matter how many others (`x.device`) were read before."""
+    running = {call.python for call in trace.calls}
+    called = (call for number, call in enumerate(trace.python) if number in running)
+    return [(call.module, call.function, 0 if call.function == "__get__" else call.ordinal) for call in called]
