@@ -10,7 +10,7 @@ relative positions, sliding windows, experts, gated feed-forwards, parallel bran
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -36,22 +36,22 @@ def names(source: str) -> list[str]:
     return [name for name in torchvision.models.list_models() if not name.startswith("quantized")]
 
 
-def build(source: str, name: str, side: int = 0) -> tuple[Any, Any]:
+def build(source: str, name: str, sides: Sequence[int] = ()) -> tuple[Any, Any]:
     """The model with random weights, the same each time, and inputs for it as `secateur.find_groups` takes them.
 
-    A `side` is that of the images, in pixels, for models of timm that take such; the others have their own.
+    The images for a model of timm have the first of these sides, in pixels, that it takes; else its own.
     """
     torch.manual_seed(0)
     if source == "transformers":
         return from_transformers(*TRANSFORMERS[name])
-    return from_timm(name, side) if source == "timm" else from_torchvision(name)
+    return from_timm(name, sides) if source == "timm" else from_torchvision(name)
 
 
-def from_timm(name: str, side: int) -> tuple[Any, Any]:
+def from_timm(name: str, sides: Sequence[int]) -> tuple[Any, Any]:
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    if side and config is not None:
+    for side in sides if config is not None else ():
         with contextlib.suppress(Exception):  # there are many ways in which models say that they need another size
             model = timm.create_model(name, **({"img_size": side} if config.fixed_input_size else {})).eval()
             images = torch.randn(1, config.input_size[0], side, side)

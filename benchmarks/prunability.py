@@ -2,14 +2,14 @@
 
     python benchmarks/prunability.py --source torchvision --peer --out torchvision.jsonl
     python benchmarks/prunability.py --source timm --families --out timm.jsonl
-    python benchmarks/prunability.py --source timm --drawn --side 112 --minutes 60 --out drawn.jsonl
+    python benchmarks/prunability.py --source timm --drawn --sides 112 128 --minutes 60 --out drawn.jsonl
     python benchmarks/prunability.py --source transformers --names llama swin --out transformers.jsonl
     python benchmarks/prunability.py --table torchvision.jsonl
 
 Every model runs in a process of its own, forked from one that has the libraries, with a time limit; rows that are in
 the file already are not run again. `--drawn` takes the names in an order drawn at random, the same each time, so that
-as many as there is time for are a fair sample of all; with `--side`, models of timm that take images of that side are
-given such, which has the same units and takes less time. Ours:
+as many as there is time for are a fair sample of all. With `--sides`, models of timm that take images so small are
+given such: they have the same units, and take less time. Ours:
 find the groups, cut half of every group, and separately certify a random plan with another share for each group.
 Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The tier is
 (a) if only attributes follow the cut, (b) if calls are replayed or attention is headwise. Seconds and memory are those
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning on the same models as well")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one model")
     parser.add_argument("--drawn", action="store_true", help="in an order drawn at random")
-    parser.add_argument("--side", type=int, default=0, help="of the images, in pixels, where a timm model takes such")
+    parser.add_argument("--sides", type=int, nargs="*", default=(), help="of images for timm: the first that is taken")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more models after so many")
     parser.add_argument("--table", type=Path, help="print a results file as a Markdown table and stop")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     importlib.import_module(options.source)
     importlib.import_module("secateur").find_groups  # noqa: B018 - imported when asked for
     until = time.perf_counter() + 60 * options.minutes
-    build = functools.partial(models.build, options.source, side=options.side)
+    build = functools.partial(models.build, options.source, sides=options.sides)
     sweep(build, chosen, ("ours", "peer") if options.peer else ("ours",), options.out, options.limit, until)
 
 

@@ -64,7 +64,7 @@ def test_scores_follow_the_units(net: networks.Net) -> None:
         with Shuffle(model, groups, SEED):
             after = score(model, groups, criterion)
         for old, new, order in zip(before.values, after.values, orders(groups), strict=True):
-            torch.testing.assert_close(new, old[torch.from_numpy(order)], rtol=1e-7, atol=1e-12)
+            torch.testing.assert_close(new, old[torch.from_numpy(order)], rtol=1e-6, atol=1e-12)  # norms are in float32
 
 
 @pytest.mark.parametrize("scale", [by_mean, by_max, gaussian, lamp])

@@ -35,6 +35,26 @@ def test_every_group_has_its_error_and_the_first_wrong_one_is_named() -> None:
     assert [error < 1e-14 for _, error in certificate.errors[:2]] == [True, True]
 
 
+class Branch(nn.Module):
+    """A residual branch that is begun as nothing, as those of networks without norms are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gain = nn.Linear(16, 32), nn.Linear(32, 16), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * 6 * self.b(torch.sin(3 * self.a(x)))
+
+
+def test_branches_begun_as_nothing_are_seen_and_do_not_blow_rounding_up() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 16), *(Branch() for _ in range(24)), nn.Linear(16, 3)), torch.randn(2, 4)
+    plan = Plan(groups := find_groups(model, x), random_keep(groups, 3))
+    certificate = certify(model, apply(model, plan), plan, x)
+    assert certificate.ok, certificate.sentence
+    assert certificate.control_error > 0.01
+
+
 def several(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor, tensor]) if tensor.ndim else tensor
 
