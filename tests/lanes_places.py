@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,11 +180,26 @@ MOVES = Family(nn.Linear, noise(2, 6, 4), {
     "unfold": Lane(lambda: lambda x: x.unfold(-1, 2, 2).sum(-1), 4, ()),
 })  # fmt: skip
 
+def put(x: Tensor, places: Any, value: Any) -> Tensor:
+    x = x.clone()
+    x[places] = value
+    return x
+
+
+MASK = torch.tensor([[True, False, True, True, False, False], [False, True, False, True, True, False]])
+
 LOOKUPS = Family(nn.Linear, noise(2, 6, 4), {
     **each({
         "index of places": lambda x: x[:, torch.tensor([0, 2, 1])],
         "index of two": lambda x: x[torch.tensor([0, 1]), torch.tensor([3, 5])],
         "index apart": lambda x: x[:, None][torch.tensor([0, 1]), :, torch.tensor([3, 5])],
+        "index by a mask": lambda x: x[MASK],
+        "index by a mask of places": lambda x: x[:, MASK[0]],
+        "index_put": lambda x: put(x, (torch.tensor([0, 1]), torch.tensor([3, 5])), x[:, 0] * 2),
+        "index_put apart": lambda x: put(
+            x[:, None], (torch.tensor([0, 1]), slice(None), torch.tensor([3, 5])), x[:, :1] * 2)[:, 0],
+        "index_put by a mask": lambda x: put(x, MASK, x[0, 0] * 2),
+        "index_put of a number": lambda x: put(x, MASK[..., None].repeat(1, 1, x.shape[-1]), 0),
         "index_select of places": lambda x: x.index_select(1, torch.tensor([0, 2, 1])),
         "gather of places": lambda x: x.gather(1, torch.tensor([[[0], [2]]] * 2).expand(-1, -1, x.shape[-1])),
         "take_along_dim": lambda x: x.take_along_dim(torch.tensor([[[0], [2]]] * 2), 1),
@@ -198,6 +214,9 @@ LOOKUPS = Family(nn.Linear, noise(2, 6, 4), {
         "triu of places": lambda x: x.unflatten(1, (2, 3)).permute(0, 3, 1, 2).triu().sum((2, 3)),
         "embedding": lambda x: F.embedding(torch.tensor([0, 2, 1]), x[0]),
     }),
+    **each({
+        "index_put along units": lambda x: put(x, (..., torch.tensor([0, 2])), 0),
+    }, sizes=()),
     **each({
         "index": lambda x: x[..., torch.tensor([0, 2, 1])],
         "index_select": lambda x: x.index_select(-1, torch.tensor([0, 2, 1])),

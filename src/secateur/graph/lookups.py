@@ -19,19 +19,54 @@ def embedding(step: Step) -> None:
 
 
 def index(step: Step) -> None:
-    """x[..., i, j, ...] with tensors of indices: the axes they pick from are frozen."""
+    """x[..., i, j, ...] with tensors of indices or masks: the axes they pick from are frozen."""
     x: Ref = step.arg(0)
-    picks: list[Ref | None] = list(step.arg(1))
-    used = [d for d, pick in enumerate(picks) if pick is not None]
-    chosen = [pick for pick in picks if pick is not None]
-    if not chosen or any(step.field.values[ref.id].dtype == torch.bool for ref in chosen):
-        return  # what a mask leaves is not known before it is computed
-    grown = max(len(step.shape(ref)) for ref in chosen)
+    place, _ = _picked(step, x)
+    step.carry(moves.relabel(b, place) for b in step.blocks(x) if set(b.dims) <= place.keys())
+
+
+def index_put(step: Step) -> None:
+    """x[..., i, j, ...] = values: the axes they do not pick from are one with those of the values, if these have them.
+
+    Where one mask says which places get one number, the axes of the mask are those of x.
+    """
+    x, values = step.arg(0), step.arg(2)
+    sizes, given = step.shape(x), step.shape(values)
+    picks = [(d, pick) for d, pick in enumerate(step.arg(1)) if pick is not None]
+    names: list[Name] = [f"d{d}" for d in range(len(sizes))]
+    if len(picks) == 1 and _is_mask(step, picks[0][1]) and set(given) <= {1}:
+        first, mask = picks[0]
+        equate(step, [x, mask], [names, names[first : first + len(step.shape(mask))]], names)
+        return
+    place, rank = _picked(step, x)
+    own: list[Name] = [names[d] if d in place else None for d in range(len(sizes))]
+    at = {p - rank + len(given): d for d, p in place.items()}  # aligned at the right
+    alike = [names[at[p]] if p in at and n == sizes[at[p]] else None for p, n in enumerate(given)]
+    equate(step, [x, values], [own, alike], own)
+
+
+def _is_mask(step: Step, pick: Ref) -> bool:
+    return step.field.values[pick.id].dtype in (torch.bool, torch.uint8)
+
+
+def _picked(step: Step, x: Ref) -> tuple[dict[int, int], int]:
+    """For each axis of x that no index picks from, its place in x[..., i, j, ...]; and how many axes that has.
+
+    A mask picks from as many axes as it has, and makes one of them.
+    """
+    used: list[int] = []
+    axis, grown = 0, 0
+    for pick in step.arg(1):
+        rank = 0 if pick is None else len(step.shape(pick))
+        mask = pick is not None and _is_mask(step, pick)
+        wide = rank if mask else 1
+        used += [] if pick is None else range(axis, axis + wide)
+        grown = max(grown, min(rank, 1) if mask else rank)
+        axis += wide
     kept = [d for d in range(len(step.shape(x))) if d not in used]
     # Indices side by side put the new axes in their place, others put them first, as in numpy.
-    first = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
-    place = {d: i + grown * (i >= first) for i, d in enumerate(kept)}
-    step.carry(moves.relabel(b, place) for b in step.blocks(x) if not set(b.dims) & set(used))
+    first = used[0] if used and used == list(range(used[0], used[0] + len(used))) else 0
+    return {d: i + grown * (i >= first) for i, d in enumerate(kept)}, grown + len(kept)
 
 
 def index_select(step: Step) -> None:
