@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCABULARY = 200
+import secateur as sc
 
+VOCABULARY, PICTURE = 200, 150
+"""How many tokens there are; the one in the place of which a part of a picture is put."""
 SIDE = 320
 """Of the images that detectors are given."""
 
@@ -88,7 +90,7 @@ def torchvision_inputs(name: str) -> Any:
     return torch.randn(1, 3, side, side)
 
 
-def from_transformers(kind: str, config: Mapping[str, Any], inputs: Callable[[], dict[str, Any]]) -> tuple[Any, Any]:
+def from_transformers(kind: str, config: Mapping[str, Any], inputs: Callable[[], Any]) -> tuple[Any, Any]:
     """A model of the class `kind`, whose configuration class it names itself."""
     import transformers
 
@@ -138,6 +140,18 @@ def masked_patches() -> dict[str, Any]:
 
 def video() -> dict[str, Any]:
     return {"pixel_values": torch.randn(1, 4, 3, 32, 32)}
+
+
+def pictured(count: int, shape: tuple[int, ...] = (2, 3, 16, 16)) -> Callable[[], sc.Example]:
+    """Two sequences, in each of which `count` tokens stand for a picture; of the outputs, the logits are read."""
+
+    def made() -> sc.Example:
+        ids = tokens().clamp(max=PICTURE - 1)
+        ids[:, 2 : 2 + count] = PICTURE
+        inputs = {"input_ids": ids, "pixel_values": torch.randn(*shape), "use_cache": False}
+        return sc.Example(inputs, lambda out: out.logits)
+
+    return made
 
 
 def waveform() -> dict[str, Any]:
@@ -209,7 +223,7 @@ MAMBA = MappingProxyType({**VOCAB, "hidden_size": 64, "num_hidden_layers": 2})
 
 # The table: name -> (class, configuration, inputs).
 
-Row = tuple[str, Mapping[str, Any], Callable[[], dict[str, Any]]]
+Row = tuple[str, Mapping[str, Any], Callable[[], Any]]
 
 ENCODERS: Mapping[str, Row] = MappingProxyType({
     "bert": ("BertForSequenceClassification", TEXT, text),
@@ -366,4 +380,21 @@ SIGNALS: Mapping[str, Row] = MappingProxyType({
         prediction_length=8), series),
 })  # fmt: skip
 
-TRANSFORMERS: Mapping[str, Row] = MappingProxyType({**ENCODERS, **DECODERS, **PAIRS, **VISION, **SIGNALS})
+LLAMA = MappingProxyType({"text_config": dict(GROUPED, model_type="llama"), "image_token_id": PICTURE})
+GEMMA = MappingProxyType(dict(GROUPED, model_type="gemma", head_dim=16))
+EYE = MappingProxyType(dict(VIT, image_size=16, model_type="siglip_vision_model"))
+
+TALKING: Mapping[str, Row] = MappingProxyType({
+    "llava": ("LlavaForConditionalGeneration", dict(LLAMA, vision_config=dict(VIT, image_size=16)), pictured(4)),
+    "paligemma": ("PaliGemmaForConditionalGeneration", dict(
+        LLAMA, text_config=dict(GEMMA), vision_config=dict(EYE), projection_dim=64), pictured(4)),
+    "gemma3_vision": ("Gemma3ForConditionalGeneration", dict(
+        LLAMA, text_config=dict(GEMMA, model_type="gemma3_text"), vision_config=dict(EYE), mm_tokens_per_image=4,
+        image_token_index=PICTURE), pictured(4)),
+    "smolvlm": ("SmolVLMForConditionalGeneration", dict(
+        LLAMA, vision_config=dict(EYE, model_type="smolvlm_vision"), scale_factor=2), pictured(1, (2, 1, 3, 16, 16))),
+    "internvl": ("InternVLForConditionalGeneration", dict(LLAMA, vision_config=dict(
+        VIT, image_size=[32, 32], patch_size=[8, 8], model_type="internvl_vision")), pictured(4, (2, 3, 32, 32))),
+})  # fmt: skip
+
+TRANSFORMERS: Mapping[str, Row] = MappingProxyType({**ENCODERS, **DECODERS, **PAIRS, **VISION, **SIGNALS, **TALKING})

@@ -200,6 +200,7 @@ LOOKUPS = Family(nn.Linear, noise(2, 6, 4), {
             x[:, None], (torch.tensor([0, 1]), slice(None), torch.tensor([3, 5])), x[:, :1] * 2)[:, 0],
         "index_put by a mask": lambda x: put(x, MASK, x[0, 0] * 2),
         "index_put of a number": lambda x: put(x, MASK[..., None].repeat(1, 1, x.shape[-1]), 0),
+        "masked_scatter": lambda x: x.masked_scatter(MASK[..., None].expand_as(x), x[:, 3:].exp().flatten(0, 1)),
         "index_select of places": lambda x: x.index_select(1, torch.tensor([0, 2, 1])),
         "gather of places": lambda x: x.gather(1, torch.tensor([[[0], [2]]] * 2).expand(-1, -1, x.shape[-1])),
         "take_along_dim": lambda x: x.take_along_dim(torch.tensor([[[0], [2]]] * 2), 1),
@@ -215,6 +216,7 @@ LOOKUPS = Family(nn.Linear, noise(2, 6, 4), {
         "embedding": lambda x: F.embedding(torch.tensor([0, 2, 1]), x[0]),
     }),
     **each({
+        "masked_scatter of some units": lambda x: x.masked_scatter(x > 0, torch.ones(96, dtype=x.dtype)),
         "index_put along units": lambda x: put(x, (..., torch.tensor([0, 2])), 0),
     }, sizes=()),
     **each({

@@ -263,3 +263,29 @@ def test_what_does_not_follow_in_training_is_frozen() -> None:
     groups = find_groups(Stubborn().eval(), torch.randn(4, 4))
     assert not groups.groups
     assert any("runs in training only" in frozen.reason for frozen in groups.frozen)
+
+
+class Counted(nn.Module):
+    """Puts rows of one width where tokens stand for them, and checks that there are as many numbers as places."""
+
+    def __init__(self, right: bool) -> None:
+        super().__init__()
+        self.words, self.rows, self.out, self.right = nn.Embedding(9, 8), nn.Linear(4, 8), nn.Linear(8, 3), right
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        words, rows = self.words(ids), self.rows(x)
+        places = (ids == 7).unsqueeze(-1)
+        wanted = places.sum() * (words.shape[-1] if self.right else 8)
+        if wanted != rows.numel():
+            raise ValueError(f"{rows.numel()} numbers for other places")
+        return self.out(words.masked_scatter(places.expand_as(words), rows))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_number_that_is_only_checked_may_follow_the_cut(right: bool) -> None:
+    inputs = torch.tensor([[1, 7, 7, 2], [7, 3, 4, 5]]), torch.randn(3, 4)
+    groups = find_groups(model := Counted(right), inputs)
+    assert [group.size for group in groups.groups] == ([8] if right else [])
+    if right:
+        plan = Plan(groups, ((0, 2, 3, 7),))
+        assert certify(model, apply(model, plan), plan, inputs).ok

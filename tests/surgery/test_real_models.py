@@ -77,6 +77,7 @@ ROWS: Mapping[str, tuple[Callable[[], Built], float, float]] = MappingProxyType(
     "transformers bert": (lambda: transformers("bert"), 0.999, 0.695),
     "transformers gpt2": (lambda: transformers("gpt2"), 0.999, 0.71),
     "transformers llama": (lambda: transformers("llama"), 0.999, 0.68),
+    "transformers llava": (lambda: transformers("llava"), 0.999, 0.67),
     "transformers wav2vec2": (lambda: transformers("wav2vec2"), 0.999, 0.695),
     "transformers t5": (lambda: transformers("t5"), 0.92, 0.46),
     "transformers swin": (lambda: transformers("swin"), 0.999, 0.74),

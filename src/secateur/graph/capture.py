@@ -51,7 +51,7 @@ class Value:
 class Call:
     """One executed ATen op; `args` and `kwargs` hold a `Ref` for each tensor; `python` indexes `Trace.python`.
 
-    On what a `dead` call makes no output of the model depends: only its shape was asked for, if anything.
+    On what a `dead` call makes no output of the model depends: only its shape, or whether it is right, was asked for.
     """
 
     op: torch._ops.OpOverload[Any, Any]
@@ -84,6 +84,9 @@ class Trace:
 
 OURS: Any = "secateur"
 """The key of the recorder's hooks, which torch numbers."""
+
+TRUTHS = frozenset(("local_scalar_dense", "is_nonzero"))
+"""Ops by which Python is told a number, or whether it is none."""
 
 COPIES = frozenset(("clone", "contiguous", "alias", "detach", "to_copy", "local_scalar_dense"))
 SAME = MappingProxyType(
@@ -266,19 +269,28 @@ class Recorder(TorchDispatchMode):
 
     def trace(self, outputs: Nested, fake: bool) -> Trace:
         refs = tuple(self.ref(tensor) for tensor in tensors_in(outputs))
-        calls = _without_life(self._calls, refs)
+        calls = _without_life(self._calls, refs, self._values)
         return Trace(calls, tuple(self._values), refs, tuple(self.python.made), tuple(self._decisions), fake)
 
 
-def _without_life(calls: Sequence[Call], outputs: Sequence[Ref]) -> tuple[Call, ...]:
-    """The calls, with those marked on which no output depends; one that writes in place, or tells Python, counts."""
-    needed = {ref.id for ref in outputs}
+def _without_life(calls: Sequence[Call], outputs: Sequence[Ref], values: Sequence[Value]) -> tuple[Call, ...]:
+    """The calls, with those marked on which no output depends; one that writes in place, or tells Python, counts.
+
+    Whole numbers of which Python is told only whether something is true of them do not count, such as how many places
+    are masked: where it goes on from there, it shows by its ops.
+    """
+    needed, asked = {ref.id for ref in outputs}, set[int]()
     out = []
     for call in reversed(calls):
-        made = [ref.id for ref in call.outputs if ref is not None]
+        made = {ref.id for ref in call.outputs if ref is not None}
+        read = set(_refs((call.args, call.kwargs)))
         dead = bool(made) and not call.op._schema.is_mutable and needed.isdisjoint(made)
-        if not dead:
-            needed.update(_refs((call.args, call.kwargs)))
+        asks = not made and op_name(call) in TRUTHS and all(values[i].dtype == torch.bool for i in read)
+        if asks or (dead and made & asked and not any(values[i].dtype.is_floating_point for i in made)):
+            asked |= read
+        elif not dead or made & asked:
+            needed |= read
+            dead = False
         out.append(dataclasses.replace(call, dead=dead) if dead else call)
     return tuple(reversed(out))
 

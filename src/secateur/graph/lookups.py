@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from secateur.graph import moves
-from secateur.graph.axes import Block, Name, Step, equate
+from secateur.graph import moves, views
+from secateur.graph.axes import Block, Name, Step, aligned, equate, letters
 from secateur.graph.capture import Ref
 
 
@@ -33,7 +33,7 @@ def index_put(step: Step) -> None:
     x, values = step.arg(0), step.arg(2)
     sizes, given = step.shape(x), step.shape(values)
     picks = [(d, pick) for d, pick in enumerate(step.arg(1)) if pick is not None]
-    names: list[Name] = [f"d{d}" for d in range(len(sizes))]
+    names = letters(len(sizes))
     if len(picks) == 1 and _is_mask(step, picks[0][1]) and set(given) <= {1}:
         first, mask = picks[0]
         equate(step, [x, mask], [names, names[first : first + len(step.shape(mask))]], names)
@@ -43,6 +43,18 @@ def index_put(step: Step) -> None:
     at = {p - rank + len(given): d for d, p in place.items()}  # aligned at the right
     alike = [names[at[p]] if p in at and n == sizes[at[p]] else None for p, n in enumerate(given)]
     equate(step, [x, values], [own, alike], own)
+
+
+def masked_scatter(step: Step) -> None:
+    """(x, mask, source): where the mask says, x gets the numbers of the source in their order: whole rows of the last
+    axis, if the mask was repeated along it, which is then one with the source's."""
+    x, mask, source = step.operands
+    names, own = letters(len(step.shape(x))), aligned(step, mask)
+    along = [block for block in step.blocks(mask) if len(own) - 1 in block.dims]
+    alike = step.shape(mask)[-1] == 1 or any(views.is_free(step, block) for block in along)
+    if not alike or step.shape(source)[-1] != step.shape(x)[-1]:
+        names[-1] = None
+    equate(step, [x, mask, source], [names, own, [*[None] * (len(step.shape(source)) - 1), names[-1]]], names)
 
 
 def _is_mask(step: Step, pick: Ref) -> bool:
@@ -61,7 +73,7 @@ def _picked(step: Step, x: Ref) -> tuple[dict[int, int], int]:
         mask = pick is not None and _is_mask(step, pick)
         wide = rank if mask else 1
         used += [] if pick is None else range(axis, axis + wide)
-        grown = max(grown, min(rank, 1) if mask else rank)
+        grown = max(grown, 1 if mask else rank)
         axis += wide
     kept = [d for d in range(len(step.shape(x))) if d not in used]
     # Indices side by side put the new axes in their place, others put them first, as in numpy.

@@ -158,7 +158,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | _each("view_as_real view_as_complex", views.complex_parts)
     # look-ups and constants
     | {"embedding": lookups.embedding, "index_select": lookups.index_select}
-    | {"index": lookups.index, "index_put": lookups.index_put}
+    | {"index": lookups.index, "index_put": lookups.index_put, "masked_scatter": lookups.masked_scatter}
     | _each("gather scatter scatter_add", lookups.gather)
     | _each("index_add index_copy index_reduce", lookups.index_add)
     | _each("topk kthvalue sort argsort", lookups.ranked)

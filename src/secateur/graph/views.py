@@ -35,12 +35,12 @@ def view(step: Step) -> None:
         before = [d for part in own for d in part[0]]
         after = [d for part in own for d in part[1]]
         met = [other for other in blocks if other is not block and set(other.dims) & set(before)]
-        held = [other for other in met if not _is_free(step, other)]
-        if held and not _is_free(step, block) and all(len(other.dims) == 1 for other in (block, *held)):
+        held = [other for other in met if not is_free(step, other)]
+        if held and not is_free(step, block) and all(len(other.dims) == 1 for other in (block, *held)):
             if all(block.dims < other.dims for other in held):
                 out.append(_merged(step, block, held, parts, new))
             continue
-        if met and (_is_free(step, block) or held):
+        if met and (is_free(step, block) or held):
             continue  # Axes that were split merge with others; `close` freezes all.
         sparse = block.ids.reshape([old[d] if d in block.dims else 1 for d in before])
         ids = np.broadcast_to(sparse, [old[d] for d in before]).reshape([new[d] for d in after])
@@ -167,7 +167,8 @@ def _copies(step: Step, dim: int, size: int) -> Block:
     return Block((dim,), ids)
 
 
-def _is_free(step: Step, block: Block) -> bool:
+def is_free(step: Step, block: Block) -> bool:
+    """Whether nothing holds the units, for all is alike along them."""
     return int(block.ids.flat[0]) in step.field.free
 
 
