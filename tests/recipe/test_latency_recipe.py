@@ -22,8 +22,8 @@ from torch import nn
 
 def make(classes):
     return nn.Sequential(
-        nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, classes),
+        nn.Conv2d(1, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8192, classes),
     )
 """
 TRAIN = {"kind": "train", "stages": [{"lr": 0.05, "epochs": 1}]}
@@ -53,7 +53,7 @@ def test_the_plan_is_fast_enough_by_the_table_that_is_kept(parts, tmp_path):
     assert (table.conditions.runtime, table.conditions.threads, table.conditions.batch) == ("eager", 1, 1)
     (said,) = [note for note in record.notes if "of the time" in note and note.startswith("the plan leaves")]
     assert float(said.split("by the table, ")[1].split(" %")[0]) <= 60
-    assert min(widths(record)) < 64
+    assert min(widths(record)) < 128
 
 
 def test_a_table_that_is_named_is_used_again_and_not_measured(parts, tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_floor_searches_the_fastest_and_times_the_layers_once(parts, tmp_path)
     assert not list((tmp_path / "run" / "trials").glob("*/latency-*.json"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert rows[1]["accuracy"] is not None
+    assert any(row["accuracy"] is not None for row in rows[1:]), "no size that was tried could be timed and trained"
 
 
 def test_a_runtime_that_is_not_there_is_found_before_anything_is_written(parts, tmp_path, monkeypatch):
