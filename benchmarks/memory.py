@@ -90,10 +90,11 @@ def measured(source: str, name: str) -> dict[str, Any]:
 def forward(model: Any, inputs: Any) -> Any:
     import torch
 
+    from secateur.graph.nested import as_arguments
+
     with torch.no_grad():
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        args, kwargs = as_arguments(inputs)
+        return model(*args, **kwargs)
 
 
 def half(model: Any, inputs: Any) -> Any:

@@ -189,6 +189,7 @@ def peer(model: Any, inputs: Any) -> dict[str, Any]:
     import torch
     import torch_pruning as tp
 
+    inputs = getattr(inputs, "inputs", inputs)  # of an `Example`, which says as well what is read
     last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1:]
     held, start = reset_peak(), time.perf_counter()
     pruner = tp.pruner.MagnitudePruner(

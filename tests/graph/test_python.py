@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.plan import Plan
 from secateur.errors import CaptureError
+from secateur.graph.capture import capture, op_name
 from secateur.graph.groups import find_groups
 from secateur.graph.nested import Example
 from secateur.graph.probe import random_keep
@@ -289,3 +290,16 @@ def test_a_number_that_is_only_checked_may_follow_the_cut(right: bool) -> None:
     if right:
         plan = Plan(groups, ((0, 2, 3, 7),))
         assert certify(model, apply(model, plan), plan, inputs).ok
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if bool(x.mean() > 0) and bool(((x > 0).sum() * 2) < 9) else x
+
+
+def test_of_what_python_asks_for_whole_numbers_alone_do_not_count() -> None:
+    trace = capture(Asking(), torch.ones(2, 2))
+    kinds = {op_name(call): call.dead for call in trace.calls}
+    assert kinds == {
+        "mean": False, "gt": True, "local_scalar_dense": False, "sum": True, "mul": True, "lt": True, "neg": False,
+    }  # fmt: skip

@@ -48,7 +48,7 @@ def criteria(inputs: Any) -> list[Criterion]:
 
 
 def orders(groups: Groups) -> list[np.ndarray]:
-    """What `shuffled` draws."""
+    """What `Shuffle` draws."""
     random = np.random.default_rng(SEED)
     return [np.roll(np.arange(g.size), 1) if g.size < 3 else random.permutation(g.size) for g in groups.groups]
 
