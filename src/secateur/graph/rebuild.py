@@ -6,6 +6,7 @@ ones stood (tied weights stay tied, hooks and parametrizations come along) and n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -124,5 +125,11 @@ def _take(
 ) -> Tensor:
     layout = layout_of(tensor)
     for dim, indices in dims.items():
-        tensor = tensor.index_select(dim, places(indices, tensor.device))
+        tensor = select(tensor, dim, places(indices, tensor.device))
     return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
+@functools.singledispatch
+def select(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """What of a tensor a cut keeps; a kind of tensor that needs no memory for it says how."""
+    return tensor.index_select(dim, indices)

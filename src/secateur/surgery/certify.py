@@ -31,6 +31,7 @@ from secateur.surgery.double import Double, as_double, distance, doubled, output
 from secateur.surgery.ends import Ends, GroupErrors, group_errors
 from secateur.surgery.shuffle import Shuffle, shaken
 from secateur.surgery.simulate import Zeroing, analyse_run, simulate, stays_of
+from secateur.surgery.widened import widened, writes_to_weights
 
 TOLERANCE = 1e-9
 """Largest error accepted, as a share of the largest output: float64 rounding over a deep network stays well below."""
@@ -137,15 +138,17 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     """
     check_fits(model, plan)
     with Double():
-        twin, inputs = doubled(model), map_tensors(as_double, example_inputs)
+        inputs, double = map_tensors(as_double, example_inputs), widened
+        analysis = analyse_run(twin := double(model), inputs, plan.groups.split)
+        if writes_to_weights(analysis.trace):
+            double = doubled
+            analysis = analyse_run(twin := double(model), inputs, plan.groups.split)
         plain = outputs(twin, inputs) if any(headwise(module) for module in twin.modules()) else None
-        analysis = analyse_run(twin, inputs, plan.groups.split)
         see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
-        whole = outputs(twin, inputs, analysis.decisions)
-        cut = _cut_against_masked(twin, smaller, plan, inputs, analysis, whole)
-        seen = 0.0 if plain is None else distance(plain, whole[: len(plain)])
-        twin = shaken(twin, seed)  # the last to hold these weights, so that shuffling them takes no second copy
-        moved = _shuffles(twin, plan.groups, inputs, seed, bool(analysis.decisions))
+        whole = _Whole(twin, inputs, analysis, outputs(twin, inputs, analysis.decisions))
+        cut = _cut_against_masked(whole, double(smaller), plan)
+        seen = 0.0 if plain is None else distance(plain, whole.outputs[: len(plain)])
+        moved = _shuffles(shaken(twin, seed), plan.groups, inputs, seed, bool(analysis.decisions))
     large = any(group.size > 1 for group in plan.groups.groups)
     return Certificate(
         plan=plan.hash,
@@ -173,26 +176,34 @@ class _Cut:
     shapes: str
 
 
-def _cut_against_masked(
-    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis, whole: Sequence[Tensor]
-) -> _Cut:
+@dataclass(frozen=True)
+class _Whole:
+    """The uncut model, to run in float64 on these inputs, and what it gave."""
+
+    model: nn.Module
+    inputs: Any
+    analysis: Analysis
+    outputs: Sequence[Tensor]
+
+
+def _cut_against_masked(whole: _Whole, smaller: nn.Module, plan: Plan) -> _Cut:
     """The third and the fourth check.
 
     Groups under a norm are left whole for the third, on both sides; `smaller` is then compared with the plan's cut.
     """
     every = [tuple(range(group.size)) for group in plan.groups.groups]
     exact = Plan(plan.groups, tuple(e if g.inexact else k for g, k, e in zip(plan.groups.groups, plan.keep, every)))
-    follow = analysis.decisions
-    simulation, ends = simulate(twin, exact, analysis), [Ends(analysis) for _ in range(3)]
-    masked = outputs(twin, inputs, follow, lambda _: _both(ends[0], Zeroing(simulation)))
-    effect = distance(whole, masked)
-    given, shapes = _shapes(twin, smaller, plan, inputs, analysis, ends[1])
+    inputs, analysis, follow = whole.inputs, whole.analysis, whole.analysis.decisions
+    simulation, ends = simulate(whole.model, exact, analysis), [Ends(analysis) for _ in range(3)]
+    masked = outputs(whole.model, inputs, follow, lambda _: _both(ends[0], Zeroing(simulation)))
+    effect = distance(whole.outputs, masked)
+    given, shapes = _shapes(whole, smaller, plan, ends[1])
     error, seen = distance(masked, given), ends[1]
     if exact.keep != plan.keep:
         try:
             seen = ends[2]
-            error = distance(masked, outputs(apply(twin, exact), inputs, follow, lambda _: seen))
-            error = max(error, distance(outputs(apply(twin, plan), inputs, follow), given))
+            error = distance(masked, outputs(apply(whole.model, exact), inputs, follow, lambda _: seen))
+            error = max(error, distance(outputs(apply(whole.model, plan), inputs, follow), given))
         except Exception as failure:  # of the user's forward: it may raise whatever it likes
             error, shapes = float("inf"), shapes or _stopped(failure)
     return _Cut(error, effect, group_errors(analysis, stays_of(exact, analysis), ends[0], seen), shapes)
@@ -209,19 +220,17 @@ def _stopped(failure: Exception) -> str:
     return f"the cut model does not run: {first or type(failure).__name__}"
 
 
-def _shapes(
-    twin: nn.Module, smaller: nn.Module, plan: Plan, inputs: Any, analysis: Analysis, ends: Ends
-) -> tuple[list[Tensor], str]:
+def _shapes(whole: _Whole, smaller: nn.Module, plan: Plan, ends: Ends) -> tuple[list[Tensor], str]:
     """What the cut model gives in float64, and its first op whose shape is not as predicted; empty if none."""
-    recorder, smaller = Recorder(PythonCalls()), doubled(smaller)
+    recorder, inputs, analysis = Recorder(PythonCalls()), whole.inputs, whole.analysis
     try:
         given = outputs(smaller, inputs, analysis.decisions, lambda copy: _both(ends, recording(copy, recorder)))
     except Exception as failure:
         return [], _stopped(failure)
     odd = _first_odd(recorder.calls, recorder.values, plan, analysis)
     if odd:  # strides, which a cut changes and fake tensors may not have, can lead to other ops
-        trace = capture(smaller, inputs)
-        odd = _first_odd(trace.calls, trace.values, plan, analyse(capture(twin, inputs), twin, split=plan.groups.split))
+        trace, before = capture(smaller, inputs), capture(whole.model, inputs)
+        odd = _first_odd(trace.calls, trace.values, plan, analyse(before, whole.model, split=plan.groups.split))
     return given, odd
 
 

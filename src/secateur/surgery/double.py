@@ -61,11 +61,15 @@ class Still(TorchDispatchMode):
 
 
 def doubled(model: nn.Module) -> nn.Module:
-    """A copy of the model in float64 and eval mode."""
-    plain = [t for t in tensors_of(model).values() if t.dtype in LOW and type(t) in (Tensor, nn.Parameter)]
+    """A copy of the model in float64 and eval mode, to be changed; to run one, `widened` takes less memory."""
     # Not first copied as they are, which would take half as much memory again.
-    wide = {id(tensor): as_kind(tensor.detach().double(), tensor) for tensor in plain}
+    wide = {id(tensor): as_kind(tensor.detach().double(), tensor) for tensor in low_tensors(model)}
     return duplicate(model, wide).double().eval()
+
+
+def low_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that are less precise than float64, and of no special kind."""
+    return [t for t in tensors_of(model).values() if t.dtype in LOW and type(t) in (Tensor, nn.Parameter)]
 
 
 def as_double(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from secateur.graph.runs import watch_twin
 from secateur.surgery.certify import CONTROLS, TOLERANCE, stands_clear
 from secateur.surgery.double import Double, as_double, distance, doubled, outputs
 from secateur.surgery.shuffle import shaken
+from secateur.surgery.widened import widened, writes_to_weights
 
 
 def drop_blocks(model: nn.Module, blocks: Blocks, names: Sequence[str]) -> nn.Module:
@@ -137,15 +138,18 @@ def certify_drop(
     """
     _check_fits(model, drop.blocks)
     with Double():
-        twin, inputs = see_heads(doubled(model)), map_tensors(as_double, example_inputs)
-        found = find_in(watch_twin(share(twin), map_tensors(torch.clone, inputs), fake=False), twin)
+        inputs, double = map_tensors(as_double, example_inputs), widened
+        found = _found(twin := see_heads(double(model)), inputs)
+        if writes_to_weights(found.watched.trace):
+            double = doubled
+            found = _found(twin := see_heads(double(model)), inputs)
         forms = {block.name: block.form for block in found.blocks.blocks}
         odd = tuple(name for name, form in drop.forms.items() if forms.get(name) != form)
         if odd:  # there is nothing to compare with
             error, effect, moved, control = float("inf"), 0.0, float("inf"), 0.0
         else:
             simulated = _without_branches(twin, inputs, found, drop.names)
-            error = distance(simulated, outputs(doubled(smaller), inputs))
+            error = distance(simulated, outputs(double(smaller), inputs))
             effect = distance(outputs(twin, inputs), simulated)
             moved, control = _control(shaken(twin, seed), inputs, found, drop)
     return DropCertificate(
@@ -159,6 +163,10 @@ def certify_drop(
         assumed=drop.assumed,
         odd=odd,
     )
+
+
+def _found(twin: nn.Module, inputs: Any) -> Found:
+    return find_in(watch_twin(share(twin), map_tensors(torch.clone, inputs), fake=False), twin)
 
 
 def _control(twin: nn.Module, inputs: Any, found: Found, drop: Drop) -> tuple[float, float]:

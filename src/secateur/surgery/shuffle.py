@@ -15,6 +15,7 @@ from secateur.graph.records import Groups
 from secateur.graph.slots import Slot
 from secateur.graph.twin import tensors_of
 from secateur.graph.units import Ids
+from secateur.surgery.widened import Widened
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:
@@ -34,7 +35,7 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
 
 
 class Shuffle:
-    """Within it, the units of every group of `model` are in another order; one tensor at a time is in memory twice.
+    """Within it, the units of every group of `model` are in another order.
 
     Args:
         only: shuffle these groups, by number, and no others.
@@ -79,7 +80,10 @@ class Shuffle:
 
 
 def _move(tensor: Tensor, dim: int, places: Ids) -> None:
-    tensor.data = tensor.detach().index_select(dim, torch.from_numpy(places).to(tensor.device))
+    if isinstance(tensor, Widened):
+        tensor.reorder(dim, places)
+    else:
+        tensor.data = tensor.detach().index_select(dim, torch.from_numpy(places).to(tensor.device))
 
 
 def _moved(index: Any, order: Any, size: int) -> Ids:

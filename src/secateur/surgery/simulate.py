@@ -28,6 +28,7 @@ from secateur.graph.slots import Slot
 from secateur.graph.twin import run
 from secateur.graph.units import Split
 from secateur.surgery.cut import check_fits
+from secateur.surgery.widened import widest
 
 
 @contextlib.contextmanager
@@ -152,7 +153,7 @@ class Zeroing(TorchDispatchMode):
                 return tensor
             # `masked_fill` would give other strides, on which the path of what follows may depend.
             with torch._C._DisableTorchDispatch():  # no op of the model's: nobody else is to see it
-                return tensor.clone(memory_format=torch.preserve_format).masked_fill_(~factor, 0)
+                return widest(tensor).clone(memory_format=torch.preserve_format).masked_fill_(~factor, 0)
 
         args, kwargs = map_tensors(change, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)

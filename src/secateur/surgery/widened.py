@@ -1,0 +1,120 @@
+"""Weights that are float64 to whoever reads them, and take up no more memory than they did.
+
+A proof in float64 needs each weight so only while an op reads it, while a copy of all of them would be twice a model.
+Shuffled or cut, they are read in another order, or in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.graph.axes import refs_in
+from secateur.graph.capture import Trace
+from secateur.graph.nested import map_tensors
+from secateur.graph.rebuild import select
+from secateur.graph.twin import as_kind, duplicate
+from secateur.graph.units import Ids
+from secateur.surgery.double import low_tensors
+
+Places = Mapping[int, Ids]
+"""Axis -> where each index along it is read from; along other axes all are read as they are."""
+
+
+class Widened(Tensor):
+    """A tensor of float64 that is kept as one of another dtype. What is written to it is kept in float64.
+
+    Args:
+        kept: its values, which are never written to.
+        places: what of them it has, and in which order.
+    """
+
+    kept: Tensor
+    places: Places
+
+    @staticmethod
+    def __new__(cls, kept: Tensor, places: Places = MappingProxyType({})) -> Widened:
+        shape = [len(places[dim]) if dim in places else size for dim, size in enumerate(kept.shape)]
+        strides = None if places else kept.stride()
+        made: Widened = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=torch.float64, device=kept.device
+        )
+        made.kept, made.places = kept, places
+        return made
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        made = memo[id(self)] = as_kind(type(self)(self.kept, self.places), self)
+        return made
+
+    def reorder(self, dim: int, places: Ids) -> None:
+        """From now on index i along `dim` is what was at `places[i]`, a permutation."""
+        self.places = self.at(dim, places)
+
+    def at(self, dim: int, places: Ids) -> Places:
+        """The places of these indices along `dim`."""
+        found = self.places[dim][places] if dim in self.places else places
+        whole = len(found) == self.kept.shape[dim] and bool((found == np.arange(len(found))).all())
+        return {**{d: p for d, p in self.places.items() if d != dim}, **({} if whole else {dim: found})}
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:  # as a parameter is made
+            return cls(args[0].kept, args[0].places)
+        read: list[tuple[Widened, Tensor]] = []
+
+        def widen(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, cls):
+                read.append((tensor, widest(tensor)))
+                return read[-1][1]
+            return tensor
+
+        args, kwargs = map_tensors(widen, (tuple(args), dict(kwargs or {})))
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for held, wide in read:
+                held.kept, held.places = wide, {}
+        return result
+
+
+@select.register
+def _(tensor: Widened, dim: int, indices: Tensor) -> Tensor:
+    return Widened(tensor.kept, tensor.at(dim, indices.cpu().numpy()))
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """The values of a `Widened`; any other tensor as it is."""
+    if not isinstance(tensor, Widened):
+        return tensor
+    values = tensor.kept
+    for dim, places in tensor.places.items():
+        values = values.index_select(dim, torch.from_numpy(places).to(values.device))
+    return values.double() if values.dtype != torch.float64 else values.clone()
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64 and eval mode: parameters `Widened`, on the model's memory; buffers copied."""
+    low = low_tensors(model)
+    wide = {id(t): as_kind(Widened(t.detach()) if isinstance(t, nn.Parameter) else t.double(), t) for t in low}
+    return duplicate(model, wide).double().eval()
+
+
+def writes_to_weights(trace: Trace) -> bool:
+    """Whether a run writes into a parameter, also by a view of it: of a `Widened`, what is written there is lost."""
+    held = {number for number, value in enumerate(trace.values) if value.origin == "parameter"}
+    for call in trace.calls:
+        for argument, given in zip(call.op._schema.arguments, call.args):
+            if argument.alias_info is not None and held.intersection(ref.id for ref in refs_in(given)):
+                if argument.alias_info.is_write:
+                    return True
+                held |= {ref.id for ref in call.outputs if ref is not None}
+    return False
