@@ -174,6 +174,7 @@ def ours(model: Any, inputs: Any) -> dict[str, Any]:
         "outcome": "certified" if certificate.ok else "runs",
         "prunable": certificate.prunable_share,
         "error": max(certificate.permutation_error, certificate.masked_error),
+        "rounding": certificate.rounding,
         "control": certificate.control_error,
         "effect": certificate.masked_effect,
         "inexact": len(certificate.inexact),

@@ -70,3 +70,37 @@ def test_a_cut_model_runs_at_every_batch_that_the_uncut_did(net: networks.Net) -
     groups = find_groups(model, inputs)
     smaller = apply(model, Plan(groups, random_keep(groups, 7)))
     torch.testing.assert_close(first(run(smaller, more)), torch.cat([first(run(smaller, inputs))] * 3))
+
+
+class Chaos(nn.Module):
+    """Doubles a difference again and again: a rounding error of its first layers reaches the output as 1e-8."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.one, self.two, self.head, self.times = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.two(self.one(x).relu()))
+        for _ in range(self.times):
+            hidden = 3.99 * hidden * (1 - hidden)
+        return self.head(hidden)
+
+
+def test_a_model_that_blows_up_rounding_is_not_accused() -> None:
+    torch.manual_seed(0)
+    net, x = Chaos(28), torch.randn(16, 4)
+    plan = Plan(find_groups(net, x), keep=((0, 3, 5), (1, 2, 7)))
+    certificate = certify(net, apply(net, plan), plan, x)
+    assert certificate.permutation_error > 1e-9
+    assert certificate.rounding > 1e-10
+    assert not certificate.guilty
+    assert "the last bit of the inputs moves it by" in str(certificate.rows())
+    assert certificate.rows()[0][2]
+    assert certificate.rows()[1][2]
+
+
+def test_a_model_of_which_rounding_decides_all_is_not_certified() -> None:
+    torch.manual_seed(0)
+    net, x = Chaos(80), torch.randn(16, 4)
+    plan = Plan(find_groups(net, x), keep=((0, 3, 5), (1, 2, 7)))
+    assert not certify(net, apply(net, plan), plan, x).ok

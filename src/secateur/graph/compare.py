@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from secateur.graph.analysis import Analysis
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Call, Value, op_name
-from secateur.graph.records import Groups
 from secateur.graph.replay import ATTENTION
 from secateur.graph.units import UnitBlock
 
@@ -35,15 +34,6 @@ Stays = NDArray[np.bool_]
 
 Steps = Sequence[tuple[str, Call]]
 """What `capture.steps` gives."""
-
-
-def survivors(groups: Groups, keep: Sequence[Sequence[int]]) -> Stays:
-    """Which units stay."""
-    stays = np.zeros(groups.offsets[-1] + 1, bool)
-    stays[-1] = True
-    for offset, units in zip(groups.offsets, keep):
-        stays[offset + np.asarray(units, np.int64)] = True
-    return stays
 
 
 def predicted_shape(shape: Sequence[int], blocks: Sequence[UnitBlock], stays: Stays) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from secateur.graph.aside import Aside
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Recorder, Trace, capture, recording, steps
-from secateur.graph.compare import Stays, Steps, first_odd, survivors
+from secateur.graph.compare import Stays, Steps, first_odd
 from secateur.graph.decisions import Following
 from secateur.graph.nested import map_tensors, tensors_in
 from secateur.graph.rebuild import narrow, rebuild, set_attributes
@@ -171,7 +171,7 @@ def _probe(model: nn.Module, example_inputs: Any, analysis: Analysis, plan: int,
     """Cut by one of the plans, run, compare."""
     groups, trace = analysis.groups, analysis.trace
     keep = probing_keep(groups, plan)
-    stays = survivors(groups, keep)
+    stays = groups.stays(keep)
     every = tuple(dict.fromkeys(size for sizes in analysis.sizes.values() for size in sizes))
     changes = replace(groups, sizes=every).replays(keep)
     with (

@@ -6,8 +6,9 @@ Immutable, printable, and the same after a round trip through JSON.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -94,6 +95,17 @@ class Groups:
     def unit_costs(self) -> tuple[UnitCost, ...]:
         """For each group, what goes when one of its units alone is cut from the whole model."""
         return tuple(self.costs.of_unit(offset) for offset in self.offsets[:-1])
+
+    def stays_in(self, other: Groups, keep: Keep) -> Stays:
+        """As `stays`, of the units of another record of the same model: found again by their places in the tensors."""
+        masks = self._masks(keep)
+        stays = np.ones(other.offsets[-1] + 1, np.bool_)
+        for offset, group in zip(other.offsets, other.groups):
+            for slot in group.slots:
+                mask = masks.get(slot.tensor, {}).get(slot.dim)
+                if mask is not None:
+                    stays[offset : offset + group.size] &= mask[other._places[id(slot.index)]].all(1)
+        return stays
 
     def kept(self, keep: Keep) -> dict[str, dict[int, list[int]]]:
         """For each tensor and axis that a plan touches, the indices that stay, ascending."""
@@ -182,18 +194,15 @@ class Groups:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; index lists are kept as runs `[first, step, count]`."""
-        value = asdict(replace(self, groups=(), products=()))
-        value["groups"] = [
-            {"name": g.name, "size": g.size, "slots": [_slot_to(s) for s in g.slots], "inexact": g.inexact}
-            for g in self.groups
-        ]
-        for item in (*value["ints"], *value["sizes"]):
-            item["units"] = _to_runs(item["units"])
-        value["products"] = [
-            {"module": p.module, "constant": p.constant, "axes": [_to_runs(axis) for axis in p.axes]}
-            for p in self.products
-        ]
-        return value
+        return {
+            "groups": [{**vars(group), "slots": [_slot_to(slot) for slot in group.slots]} for group in self.groups],
+            "frozen": [vars(item) for item in self.frozen],
+            "ints": [{**vars(item), "units": _to_runs(item.units)} for item in self.ints],
+            "sizes": [{**vars(item), "units": _to_runs(item.units)} for item in self.sizes],
+            "tensors": [vars(info) for info in self.tensors],
+            "products": [{**vars(p), "axes": [_to_runs(axis) for axis in p.axes]} for p in self.products],
+            "split": self.split,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Groups:
@@ -245,14 +254,14 @@ def _to_runs(values: Sequence[int]) -> list[list[int]]:
     >>> _to_runs([0, 1, 2, 3, 7, 7, 7])
     [[0, 1, 4], [7, 0, 3]]
     """
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and (runs[-1][2] == 1 or value - runs[-1][0] == runs[-1][1] * runs[-1][2]):
-            if runs[-1][2] == 1:
-                runs[-1][1] = value - runs[-1][0]
-            runs[-1][2] += 1
-        else:
-            runs.append([value, 0, 1])
+    steps = np.diff(np.asarray(values, np.int64))
+    turns = (np.flatnonzero(np.diff(steps)) + 1).tolist()
+    runs, start, count = [], 0, len(values)
+    while start < count:
+        turn = bisect_left(turns, start + 1)
+        end = turns[turn] if turn < len(turns) else count - 1
+        runs.append([int(values[start]), int(steps[start]) if end > start else 0, end - start + 1])
+        start = end + 1
     return runs
 
 

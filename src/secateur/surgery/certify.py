@@ -2,7 +2,8 @@
 
 1. *permutation*: the units of all groups are shuffled, each group in all its slots alike; the output must not move. It
    proves that the slots are right and complete, through norms and attention too. Constant tensors (fresh batch norm,
-   layer scale 1e-6, zero heads) would make this vacuous, so it is done on a copy with those randomised.
+   layer scale 1e-6, zero heads) would make this vacuous, so it is done on a copy with those randomised. Some models
+   double a difference in every block: where the last bit of the inputs moves the output further, that is allowed for.
 2. *control*: the same with one slot left out; this must be noticed, or the first check proves nothing.
 3. *masked equals cut*: the uncut model with the plan's units zeroed, against the cut model's own weights.
 4. *shapes*: every op of the cut model makes the shapes that were predicted from the plan, and the parameters count up.
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.allocate.plan import Plan
@@ -36,6 +38,9 @@ from secateur.surgery.widened import widened, writes_to_weights
 TOLERANCE = 1e-9
 """Largest error accepted, as a share of the largest output: float64 rounding over a deep network stays well below."""
 
+ROUNDING = 100
+"""How much further than the last bit of the inputs a shuffle, which rounds in every layer, may move the output."""
+
 CONTROLS = 4
 """About how many slots to leave out, one at a time, until one is noticed."""
 
@@ -45,11 +50,13 @@ class Certificate:
     """What was checked, on which plan, and how far off it was; errors are shares of the largest output.
 
     `guilty` are the groups whose shuffle alone moved the output, if any; `inexact` those under a norm. `errors` says
-    for each group how far apart, where its units end in a sum, the cut model and the masked one are.
+    for each group how far apart, where its units end in a sum, the cut model and the masked one are. `rounding` is how
+    far the last bit of the inputs moves the output, measured if the shuffle moves it by more than 1e-9.
     """
 
     plan: str
     permutation_error: float
+    rounding: float
     control_error: float
     guilty: tuple[str, ...]
     masked_error: float
@@ -73,8 +80,10 @@ class Certificate:
         return (
             (
                 "shuffling all units leaves the output",
-                _off(self.permutation_error) + (f" by {', '.join(self.guilty[:3])}" if self.guilty else ""),
-                self.permutation_error < TOLERANCE,
+                _off(self.permutation_error)
+                + (f" by {', '.join(self.guilty[:3])}" if self.guilty else "")
+                + (f"; the last bit of the inputs moves it by {self.rounding:.1e}" if self.rounding else ""),
+                self.permutation_error < _allowed(self.rounding),
             ),
             ("a shuffle with one slot left out is noticed", _off(self.control_error), control),
             (
@@ -112,6 +121,10 @@ class Certificate:
 def stands_clear(control: float, permutation: float) -> bool:
     """Whether an error is more than the rounding of the shuffle that changes nothing."""
     return control > 1e3 * max(permutation, 1e-15)
+
+
+def _allowed(rounding: float) -> float:
+    return max(TOLERANCE, ROUNDING * rounding)
 
 
 def _off(error: float) -> str:
@@ -153,6 +166,7 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     return Certificate(
         plan=plan.hash,
         permutation_error=moved.error,
+        rounding=moved.rounding,
         control_error=moved.control,
         guilty=moved.guilty,
         masked_error=max(cut.error, seen),
@@ -244,6 +258,7 @@ class _Shuffles:
     """The error of the shuffle, that of one with a slot left out, and the groups that are to blame for the first."""
 
     error: float
+    rounding: float
     control: float
     guilty: tuple[str, ...]
 
@@ -270,15 +285,23 @@ def _shuffles(model: nn.Module, groups: Groups, inputs: Any, seed: int, decides:
                 control = max(control, moved())
             if stands_clear(control, error):
                 break
-    guilty = () if error < TOLERANCE else _guilty(range(len(groups.groups)), moves)
-    return _Shuffles(error, control, tuple(groups.groups[number].name for number in guilty))
+    rounding = 0.0 if error < TOLERANCE else distance(before, outputs(model, map_tensors(_rounded, inputs), follow))
+    guilty: tuple[int, ...] = ()
+    if error >= _allowed(rounding):
+        guilty = _guilty(range(len(groups.groups)), moves, _allowed(rounding))
+    return _Shuffles(error, rounding, control, tuple(groups.groups[number].name for number in guilty))
 
 
-def _guilty(suspects: Sequence[int], moves: Callable[[Sequence[int]], float]) -> tuple[int, ...]:
+def _rounded(tensor: Tensor) -> Tensor:
+    """Floating values, each with another last bit."""
+    return torch.nextafter(tensor, torch.full_like(tensor, torch.inf)) if tensor.is_floating_point() else tensor
+
+
+def _guilty(suspects: Sequence[int], moves: Callable[[Sequence[int]], float], allowed: float) -> tuple[int, ...]:
     """The groups that move the output when they are shuffled without the others, found by halving."""
-    if moves(suspects) < TOLERANCE:
+    if moves(suspects) < allowed:
         return ()
     if len(suspects) == 1:
         return tuple(suspects)
     half = len(suspects) // 2
-    return (*_guilty(suspects[:half], moves), *_guilty(suspects[half:], moves))
+    return (*_guilty(suspects[:half], moves, allowed), *_guilty(suspects[half:], moves, allowed))

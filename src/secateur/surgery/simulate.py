@@ -21,10 +21,9 @@ from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import see_heads
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Trace, record
-from secateur.graph.compare import Stays, survivors
+from secateur.graph.compare import Stays
 from secateur.graph.nested import map_tensors
 from secateur.graph.rebuild import share
-from secateur.graph.slots import Slot
 from secateur.graph.twin import run
 from secateur.graph.units import Split
 from secateur.surgery.cut import check_fits
@@ -86,18 +85,7 @@ def simulate(model: nn.Module, plan: Plan, analysis: Analysis) -> Simulation:
 
 def stays_of(plan: Plan, analysis: Analysis) -> Stays:
     """Which units of another analysis of the model stay; they are found again by their places in the tensors."""
-    left = plan.groups.kept(plan.keep)
-    kept = {(tensor, dim): set(places) for tensor, dims in left.items() for dim, places in dims.items()}
-    keep = [
-        [u for u in range(group.size) if all(_stays(slot, u, kept) for slot in group.slots)]
-        for group in analysis.groups.groups
-    ]
-    return survivors(analysis.groups, keep)
-
-
-def _stays(slot: Slot, unit: int, kept: Mapping[tuple[str, int], set[int]]) -> bool:
-    places = kept.get((slot.tensor, slot.dim))
-    return places is None or set(slot.index[unit]) <= places
+    return plan.groups.stays_in(analysis.groups, plan.keep)
 
 
 def _zeroes(analysis: Analysis, stays: Stays, device: torch.device) -> dict[tuple[int, int], Tensor]:
