@@ -27,10 +27,12 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
     random = torch.Generator().manual_seed(seed)
     new = {}
     for name, tensor in tensors_of(model).items():
-        flat = tensor.detach().flatten()
-        if tensor.is_floating_point() and flat.numel() and (flat.max() == flat.min() or flat.abs().max() < 1e-3):
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        low, high = torch.aminmax(tensor.kept if isinstance(tensor, Widened) else tensor.detach())
+        small = bool(low > -1e-3 and high < 1e-3)
+        if small or low == high:
             noise = torch.rand(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
-            small = flat.abs().max() < 1e-3
             new[name] = 0.1 + 0.2 * noise if small else tensor.detach() * (0.9 + 0.2 * noise)
     return share(model, new)
 
