@@ -9,7 +9,8 @@
 Every model runs in a process of its own, forked from one that has the libraries, with a time limit; rows that are in
 the file already are not run again. `--drawn` takes the names in an order drawn at random, the same each time, so that
 as many as there is time for are a fair sample of all. With `--sides`, models of timm that take images so small are
-given such: they have the same units, and take less time. Ours:
+given such: they have the same units, and take less time. `--dtype bfloat16` is for models of more than 3 billion
+parameters, which take half the memory so; their proof is in float64 all the same. Ours:
 find the groups, cut half of every group, and separately certify a random plan with another share for each group.
 Outcomes: certified; runs (cut, but a check failed); frozen (nothing to cut); fails; slow (over the limit). The tier is
 (a) if only attributes follow the cut, (b) if calls are replayed or attention is headwise. Seconds and memory are those
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import torch
 
 Build = Callable[[str], tuple[Any, Any]]
 """A model by its name, and inputs for it."""
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds for one model")
     parser.add_argument("--drawn", action="store_true", help="in an order drawn at random")
     parser.add_argument("--sides", type=int, nargs="*", default=(), help="of images for timm: the first that is taken")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that models are made in")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more models after so many")
     parser.add_argument("--table", type=Path, help="print a results file as a Markdown table and stop")
     options = parser.parse_args()
@@ -63,6 +66,7 @@ def main() -> None:
     chosen = options.names or (families() if options.families else models.names(options.source))
     if options.drawn:
         random.Random(0).shuffle(chosen)
+    torch.set_default_dtype(getattr(torch, options.dtype))
     importlib.import_module(options.source)
     importlib.import_module("secateur").find_groups  # noqa: B018 - imported when asked for
     until = time.perf_counter() + 60 * options.minutes
@@ -112,8 +116,6 @@ def _report(there: Any, who: str, build: Build, name: str) -> None:
 
 def measure_one(who: str, build: Build, name: str) -> dict[str, Any]:
     """One model, in this process."""
-    import torch
-
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     model, inputs = build(name)
@@ -122,7 +124,8 @@ def measure_one(who: str, build: Build, name: str) -> dict[str, Any]:
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     row = ours(model, inputs) if who == "ours" else peer(model, inputs)
     side = {"side": inputs.shape[-1]} if isinstance(inputs, torch.Tensor) else {}
-    return {"who": who, "name": name, "before": before, "bytes": size, **side, **row}
+    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+    return {"who": who, "name": name, "before": before, "bytes": size, "dtype": dtype, **side, **row}
 
 
 def families() -> list[str]:
@@ -150,8 +153,6 @@ def _memory(key: str) -> int:
 
 def ours(model: Any, inputs: Any) -> dict[str, Any]:
     """Groups, half of each cut, and the certificate of a random plan."""
-    import torch
-
     import secateur as sc
     from secateur.graph.probe import random_keep
 
@@ -187,7 +188,6 @@ def ours(model: Any, inputs: Any) -> dict[str, Any]:
 
 def peer(model: Any, inputs: Any) -> dict[str, Any]:
     """Torch-Pruning without configuration."""
-    import torch
     import torch_pruning as tp
 
     inputs = getattr(inputs, "inputs", inputs)  # of an `Example`, which says as well what is read
