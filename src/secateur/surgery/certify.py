@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from secateur.allocate.plan import Plan
 from secateur.graph.analysis import Analysis, analyse
 from secateur.graph.attention import headwise, see_heads
-from secateur.graph.capture import Call, Recorder, Value, capture, recording, steps
+from secateur.graph.capture import Call, Recorder, Trace, Value, capture, recording, steps
 from secateur.graph.compare import first_odd
 from secateur.graph.nested import map_tensors
 from secateur.graph.records import Groups
 from secateur.graph.replay import PythonCalls
 from secateur.surgery.cut import apply, check_fits
-from secateur.surgery.double import Double, as_double, distance, doubled, outputs
+from secateur.surgery.double import Double, as_double, distance, outputs
 from secateur.surgery.ends import Ends, GroupErrors, group_errors
 from secateur.surgery.shuffle import Shuffle, shaken
 from secateur.surgery.simulate import Zeroing, analyse_run, simulate, stays_of
-from secateur.surgery.widened import widened, writes_to_weights
+from secateur.surgery.widened import in_double
 
 TOLERANCE = 1e-9
 """Largest error accepted, as a share of the largest output: float64 rounding over a deep network stays well below."""
@@ -151,11 +151,13 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     """
     check_fits(model, plan)
     with Double():
-        inputs, double = map_tensors(as_double, example_inputs), widened
-        analysis = analyse_run(twin := double(model), inputs, plan.groups.split)
-        if writes_to_weights(analysis.trace):
-            double = doubled
-            analysis = analyse_run(twin := double(model), inputs, plan.groups.split)
+        inputs = map_tensors(as_double, example_inputs)
+
+        def look(twin: nn.Module) -> tuple[Analysis, Trace]:
+            seen = analyse_run(twin, inputs, plan.groups.split)
+            return seen, seen.trace
+
+        double, twin, analysis = in_double(model, look)
         plain = outputs(twin, inputs) if any(headwise(module) for module in twin.modules()) else None
         see_heads(twin)  # as the analysis saw it; that it computes the same is part of "equals masked"
         whole = _Whole(twin, inputs, analysis, outputs(twin, inputs, analysis.decisions))

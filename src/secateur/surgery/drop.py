@@ -21,9 +21,9 @@ from secateur.graph.rebuild import rebuild, share, tensor_shapes
 from secateur.graph.residual import Found, find_in
 from secateur.graph.runs import watch_twin
 from secateur.surgery.certify import CONTROLS, TOLERANCE, stands_clear
-from secateur.surgery.double import Double, as_double, distance, doubled, outputs
+from secateur.surgery.double import Double, as_double, distance, outputs
 from secateur.surgery.shuffle import shaken
-from secateur.surgery.widened import widened, writes_to_weights
+from secateur.surgery.widened import in_double
 
 
 def drop_blocks(model: nn.Module, blocks: Blocks, names: Sequence[str]) -> nn.Module:
@@ -138,11 +138,13 @@ def certify_drop(
     """
     _check_fits(model, drop.blocks)
     with Double():
-        inputs, double = map_tensors(as_double, example_inputs), widened
-        found = _found(twin := see_heads(double(model)), inputs)
-        if writes_to_weights(found.watched.trace):
-            double = doubled
-            found = _found(twin := see_heads(double(model)), inputs)
+        inputs = map_tensors(as_double, example_inputs)
+
+        def look(twin: nn.Module) -> tuple[Found, Trace]:
+            run = watch_twin(share(see_heads(twin)), map_tensors(torch.clone, inputs), fake=False)
+            return find_in(run, twin), run.trace
+
+        double, twin, found = in_double(model, look)
         forms = {block.name: block.form for block in found.blocks.blocks}
         odd = tuple(name for name, form in drop.forms.items() if forms.get(name) != form)
         if odd:  # there is nothing to compare with
@@ -163,10 +165,6 @@ def certify_drop(
         assumed=drop.assumed,
         odd=odd,
     )
-
-
-def _found(twin: nn.Module, inputs: Any) -> Found:
-    return find_in(watch_twin(share(twin), map_tensors(torch.clone, inputs), fake=False), twin)
 
 
 def _control(twin: nn.Module, inputs: Any, found: Found, drop: Drop) -> tuple[float, float]:

@@ -6,21 +6,25 @@ Shuffled or cut, they are read in another order, or in part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import CaptureError
 from secateur.graph.axes import refs_in
 from secateur.graph.capture import Trace
 from secateur.graph.nested import map_tensors
 from secateur.graph.rebuild import select
 from secateur.graph.twin import as_kind, duplicate
 from secateur.graph.units import Ids
-from secateur.surgery.double import low_tensors
+from secateur.surgery.double import doubled, low_tensors
+
+Seen = TypeVar("Seen")
 
 Places = Mapping[int, Ids]
 """Axis -> where each index along it is read from; along other axes all are read as they are."""
@@ -108,8 +112,26 @@ def widened(model: nn.Module) -> nn.Module:
     return duplicate(model, wide).double().eval()
 
 
-def writes_to_weights(trace: Trace) -> bool:
-    """Whether a run writes into a parameter, also by a view of it: of a `Widened`, what is written there is lost."""
+def in_double(
+    model: nn.Module, look: Callable[[nn.Module], tuple[Seen, Trace]]
+) -> tuple[Callable[[nn.Module], nn.Module], nn.Module, Seen]:
+    """How a model is copied to run in float64, such a copy, and what was seen of a run of it.
+
+    It is `widened`, unless the model writes to its weights, which that might lose, or goes round torch to their memory.
+
+    Args:
+        look: runs the copy under a recorder; gives what it saw and the trace.
+    """
+    with contextlib.suppress(CaptureError):
+        seen, trace = look(twin := widened(model))
+        if not _writes_to_weights(trace):
+            return widened, twin, seen
+    seen, _ = look(twin := doubled(model))
+    return doubled, twin, seen
+
+
+def _writes_to_weights(trace: Trace) -> bool:
+    """Whether a run writes into a parameter, also by a view of it."""
     held = {number for number, value in enumerate(trace.values) if value.origin == "parameter"}
     for call in trace.calls:
         for argument, given in zip(call.op._schema.arguments, call.args):
