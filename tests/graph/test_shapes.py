@@ -18,6 +18,7 @@ CALLS = (
     lambda x, y: F.conv_transpose2d(x, x.new_zeros(4, 2, 3, 3)),
     lambda x, y: F.batch_norm(x, y, y, y, y),
     lambda x, y: F.batch_norm(x, y, y, training=True),
+    lambda x, y: F.batch_norm(x, None, None, y, y, training=True),
     lambda x, y: F.layer_norm(x, (6, 5), x[0, 0]),
     lambda x, y: F.linear(x, x.new_zeros(7, 5), x.new_zeros(7)),
     lambda x, y: F.linear(x.flatten(1), x.new_zeros(7, 120), x.new_zeros(7)),

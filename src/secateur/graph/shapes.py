@@ -154,7 +154,7 @@ def batch_norm(
 ) -> tuple[Shape, ...] | None:
     """(n, c, ...), and four of (c) -> the same, and in training the statistics of the batch."""
     fits = x.ndim > 1 and _each((weight, bias, mean, variance), x.shape[1:2])
-    if not fits or x.device.type != "cpu" or not x.numel() or mean is None or variance is None:
+    if not fits or x.device.type != "cpu" or not x.numel() or (not training and (mean is None or variance is None)):
         return None
     saved = x.shape[1:2] if training else (0,)
     return x.shape, saved, saved

@@ -26,10 +26,12 @@ class UnitBlock:
 
 
 class Units:
-    """The numbers handed out, and all that the ops said about them; solved once, at the end."""
+    """The numbers handed out, and all that the ops said about them; solved at the end, and again if more is said."""
 
     def __init__(self) -> None:
         self.count = 0
+        self._root: Ids = np.empty(0, np.int64)
+        self._classes = 0
         self._edges: list[tuple[Ids, Ids]] = []
         self._frozen: list[tuple[Ids, str]] = []
         self._inexact: list[tuple[Ids, str]] = []
@@ -55,13 +57,20 @@ class Units:
         self._inexact.append((ids.ravel(), reason))
 
     def solve(self) -> Solution:
-        """The classes of units that are one."""
-        sources = np.concatenate([a for a, _ in self._edges] or [np.empty(0, np.int64)])
-        targets = np.concatenate([b for _, b in self._edges] or [np.empty(0, np.int64)])
-        graph = coo_array((np.ones(len(sources), np.int8), (sources, targets)), shape=(self.count, self.count))
-        count, root = connected_components(graph, directed=False) if self.count else (0, np.empty(0, np.int64))
-        root = root.astype(np.int64)
-        return Solution(root, _reasons(root, count, self._frozen), _reasons(root, count, self._inexact))
+        """The classes of units that are one: those found before, joined by what was said since."""
+        classes = self._classes + self.count - len(self._root)
+        root = np.concatenate([self._root, np.arange(self._classes, classes)])
+        none = np.empty(0, np.int64)
+        sources = root[np.concatenate([none, *(a for a, _ in self._edges)])]
+        targets = root[np.concatenate([none, *(b for _, b in self._edges)])]
+        apart = sources != targets
+        if apart.any():
+            edges = (sources[apart], targets[apart])
+            graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(classes, classes))
+            classes, label = connected_components(graph, directed=False)
+            root = label.astype(np.int64)[root]
+        self._root, self._classes, self._edges = root, classes, []
+        return Solution(root, _reasons(root, classes, self._frozen), _reasons(root, classes, self._inexact))
 
 
 @dataclass(frozen=True)
