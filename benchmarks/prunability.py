@@ -173,7 +173,7 @@ def ours(model: Any, inputs: Any) -> dict[str, Any]:
         "outcome": "certified" if certificate.ok else "runs",
         "prunable": certificate.prunable_share,
         "error": max(certificate.permutation_error, certificate.masked_error),
-        "rounding": certificate.rounding,
+        "rounding": max(certificate.permutation_rounding, certificate.masked_rounding),
         "control": certificate.control_error,
         "effect": certificate.masked_effect,
         "inexact": len(certificate.inexact),

@@ -50,16 +50,17 @@ class Certificate:
     """What was checked, on which plan, and how far off it was; errors are shares of the largest output.
 
     `guilty` are the groups whose shuffle alone moved the output, if any; `inexact` those under a norm. `errors` says
-    for each group how far apart, where its units end in a sum, the cut model and the masked one are. `rounding` is how
-    far the last bit of the inputs moves the output, measured if the shuffle moves it by more than 1e-9.
+    for each group how far apart, where its units end in a sum, the cut model and the masked one are. A rounding is how
+    far the last bit of the inputs moves the output, of the shaken or the masked model, measured if 1e-9 is exceeded.
     """
 
     plan: str
     permutation_error: float
-    rounding: float
+    permutation_rounding: float
     control_error: float
     guilty: tuple[str, ...]
     masked_error: float
+    masked_rounding: float
     masked_effect: float
     errors: GroupErrors
     shapes: str
@@ -80,16 +81,15 @@ class Certificate:
         return (
             (
                 "shuffling all units leaves the output",
-                _off(self.permutation_error)
-                + (f" by {', '.join(self.guilty[:3])}" if self.guilty else "")
-                + (f"; the last bit of the inputs moves it by {self.rounding:.1e}" if self.rounding else ""),
-                self.permutation_error < _allowed(self.rounding),
+                _off(self.permutation_error, self.permutation_rounding)
+                + (f" by {', '.join(self.guilty[:3])}" if self.guilty else ""),
+                self.permutation_error < _allowed(self.permutation_rounding),
             ),
             ("a shuffle with one slot left out is noticed", _off(self.control_error), control),
             (
                 f"cut model equals masked model (the cut moves the output by {self.masked_effect:.2g})",
-                _off(self.masked_error) + "".join(first),
-                self.masked_error < TOLERANCE,
+                _off(self.masked_error, self.masked_rounding) + "".join(first),
+                self.masked_error < _allowed(self.masked_rounding),
             ),
             ("every op has the predicted shape", self.shapes or "all", not self.shapes),
             (
@@ -127,8 +127,8 @@ def _allowed(rounding: float) -> float:
     return max(TOLERANCE, ROUNDING * rounding)
 
 
-def _off(error: float) -> str:
-    return f"off by {error:.1e}"
+def _off(error: float, rounding: float = 0.0) -> str:
+    return f"off by {error:.1e}" + (f" where the last bit of the inputs makes {rounding:.1e}" if rounding else "")
 
 
 def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: Any, *, seed: int = 0) -> Certificate:
@@ -168,10 +168,11 @@ def certify(model: nn.Module, smaller: nn.Module, plan: Plan, example_inputs: An
     return Certificate(
         plan=plan.hash,
         permutation_error=moved.error,
-        rounding=moved.rounding,
+        permutation_rounding=moved.rounding,
         control_error=moved.control,
         guilty=moved.guilty,
         masked_error=max(cut.error, seen),
+        masked_rounding=cut.rounding,
         masked_effect=cut.effect,
         errors=cut.errors,
         shapes=cut.shapes,
@@ -187,6 +188,7 @@ class _Cut:
     """Cut against masked (`error`, and `errors` by group), masked against uncut (`effect`), and the first odd shape."""
 
     error: float
+    rounding: float
     effect: float
     errors: GroupErrors
     shapes: str
@@ -211,7 +213,11 @@ def _cut_against_masked(whole: _Whole, smaller: nn.Module, plan: Plan) -> _Cut:
     exact = Plan(plan.groups, tuple(e if g.inexact else k for g, k, e in zip(plan.groups.groups, plan.keep, every)))
     inputs, analysis, follow = whole.inputs, whole.analysis, whole.analysis.decisions
     simulation, ends = simulate(whole.model, exact, analysis), [Ends(analysis) for _ in range(3)]
-    masked = outputs(whole.model, inputs, follow, lambda _: _both(ends[0], Zeroing(simulation)))
+
+    def masked_on(inputs: Any, ends: Ends) -> list[Tensor]:
+        return outputs(whole.model, inputs, follow, lambda _: _both(ends, Zeroing(simulation)))
+
+    masked = masked_on(inputs, ends[0])
     effect = distance(whole.outputs, masked)
     given, shapes = _shapes(whole, smaller, plan, ends[1])
     error, seen = distance(masked, given), ends[1]
@@ -222,7 +228,8 @@ def _cut_against_masked(whole: _Whole, smaller: nn.Module, plan: Plan) -> _Cut:
             error = max(error, distance(outputs(apply(whole.model, plan), inputs, follow), given))
         except Exception as failure:  # of the user's forward: it may raise whatever it likes
             error, shapes = float("inf"), shapes or _stopped(failure)
-    return _Cut(error, effect, group_errors(analysis, stays_of(exact, analysis), ends[0], seen), shapes)
+    rounding = 0.0 if error < TOLERANCE else distance(masked, masked_on(map_tensors(_rounded, inputs), Ends(analysis)))
+    return _Cut(error, rounding, effect, group_errors(analysis, stays_of(exact, analysis), ends[0], seen), shapes)
 
 
 @contextlib.contextmanager
