@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,3 +106,34 @@ def test_a_model_of_which_rounding_decides_all_is_not_certified() -> None:
     net, x = Chaos(80), torch.randn(16, 4)
     plan = Plan(find_groups(net, x), keep=(tuple(range(1, 999, 3)), tuple(range(60))))
     assert not certify(net, apply(net, plan), plan, x).ok
+
+
+class Edge(nn.Module):
+    """Where the last bit of the inputs decides: what lies at the edge of a function's domain, or of a threshold."""
+
+    def __init__(self, edge: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.edge = nn.Linear(4, 8), nn.Linear(8, 2), edge
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.two(self.one(x).relu()) + self.edge(mask)
+
+
+EDGES = (
+    lambda mask: (torch.randn_like(mask) + (1 - mask) * torch.finfo(mask.dtype).min).softmax(-1),
+    torch.acos,
+    lambda mask: nn.functional.threshold(mask - 1, 0, -1),
+    lambda mask: nn.functional.binary_cross_entropy(mask, mask),
+)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_an_edge_in_the_inputs_excuses_no_wrong_cut(edge: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net, inputs = Edge(edge), (torch.randn(3, 4), torch.ones(3, 2))
+    plan = Plan(find_groups(net, inputs), keep=((0, 3, 5),))
+    smaller = apply(net, plan)
+    assert certify(net, smaller, plan, inputs).ok
+    with torch.no_grad():
+        smaller.two.weight.mul_(1.05)
+    assert not certify(net, smaller, plan, inputs).ok

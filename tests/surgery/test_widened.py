@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.graph.probe import random_keep
 from secateur.graph.rebuild import select
 from secateur.surgery.double import Double, doubled, outputs
 from secateur.surgery.widened import Widened, widened, widest
@@ -83,40 +85,79 @@ def test_weights_of_float64_are_copied_as_they_are() -> None:
     assert copied.data_ptr() != net.weight.data_ptr()
 
 
-class Pads(nn.Module):
-    """Sets part of its weight to zero before it uses it, by a view."""
+class Net(nn.Module):
+    """Two layers, of which `change` does something to the first weight in every run, by `factor`."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[Net], object]) -> None:
         super().__init__()
-        self.embed, self.head, self.factor = nn.Linear(4, 8), nn.Linear(8, 2), 0.0
+        self.embed, self.head, self.gain = nn.Linear(4, 8), nn.Linear(8, 2), nn.Parameter(torch.tensor([0.5, 2.0]))
+        self.change, self.factor = change, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.embed.weight.t()[0].mul_(self.factor)
-        return self.head(self.embed(x).relu())
+        self.change(self)
+        return self.head(self.embed(x).relu()) * self.gain
 
 
-def test_a_model_that_writes_to_its_weights_is_proven_with_what_it_writes() -> None:
-    net, x = Pads(), torch.randn(3, 4)
+def by_data(net: Net) -> None:
+    net.embed.weight.data = net.embed.weight.data * torch.tensor([net.factor, 1, 1, 1], dtype=net.gain.dtype)
+
+
+def by_keyword(net: Net) -> None:
+    column = net.embed.weight.data[:, 0]
+    torch.mul(column, torch.tensor(net.factor, dtype=column.dtype), out=column)
+
+
+WRITES = (lambda net: net.embed.weight.t()[0].mul_(net.factor), by_data, by_keyword)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_model_that_writes_to_its_weights_is_proven_with_what_it_writes(write: Callable[[Net], object]) -> None:
+    net, x = Net(write), torch.randn(3, 4)
+    before = copy.deepcopy(net.state_dict())
     plan = sc.Plan(sc.find_groups(net, x), keep=((0, 3, 5),))
     smaller = sc.apply(net, plan)
     assert sc.certify(net, smaller, plan, x).ok
     smaller.factor = 1.0
     assert sc.certify(net, smaller, plan, x).masked_error > 1e-3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-class Asks(nn.Module):
-    """Reads a weight as Python numbers, which torch gives of plain tensors only."""
+def tied(net: Net) -> None:
+    """Goes another way where the weights are one memory; they are not."""
+    if net.embed.weight.data_ptr() == net.gain.data_ptr():
+        raise AssertionError
+
+
+ASKS = (lambda net: net.gain.tolist(), tied, lambda net: torch.from_dlpack(net.gain.detach()))
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_model_that_asks_for_the_memory_of_its_weights_is_proven_too(ask: Callable[[Net], object]) -> None:
+    net, x = Net(lambda net: None), torch.randn(3, 4)
+    plan = sc.Plan(sc.find_groups(net, x), keep=((0, 3, 5),))
+    smaller = sc.apply(net, plan)
+    net.change = smaller.change = ask
+    assert sc.certify(net, smaller, plan, x).ok
+
+
+class Odd(nn.Module):
+    """A weight that is a slice of another tensor, a buffer with gradients, a number that is a count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head, self.scale = nn.Linear(4, 8), nn.Linear(8, 2), nn.Parameter(torch.tensor([0.5, 2.0]))
+        self.embed, self.head = nn.Linear(4, 16), nn.Linear(8, 2)
+        self.weight = nn.Parameter(torch.randn(16, 19)[::2, 1:17])
+        self.register_buffer("shift", torch.ones(16, requires_grad=True))
+        self.register_buffer("times", torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = self.scale.tolist()
-        return self.head(self.embed(x).clamp(-high, low))
+        hidden = self.embed(x).relu() + self.shift
+        weight = self.weight if self.weight.is_contiguous() else self.weight.clone()
+        return self.head((hidden @ weight.t()).relu()).repeat(1, int(self.times))
 
 
-def test_a_model_that_asks_for_the_memory_of_its_weights_is_proven_too() -> None:
-    net, x = Asks(), torch.randn(3, 4)
-    plan = sc.Plan(sc.find_groups(net, x), keep=((0, 3, 5),))
+def test_weights_and_buffers_of_odd_kinds() -> None:
+    net, x = Odd(), torch.randn(3, 4)
+    groups = sc.find_groups(net, x)
+    plan = sc.Plan(groups, random_keep(groups, 1))
     assert sc.certify(net, sc.apply(net, plan), plan, x).ok

@@ -196,10 +196,10 @@ class Groups:
         """Plain values; index lists are kept as runs `[first, step, count]`."""
         return {
             "groups": [{**vars(group), "slots": [_slot_to(slot) for slot in group.slots]} for group in self.groups],
-            "frozen": [vars(item) for item in self.frozen],
+            "frozen": [{**vars(item)} for item in self.frozen],
             "ints": [{**vars(item), "units": _to_runs(item.units)} for item in self.ints],
             "sizes": [{**vars(item), "units": _to_runs(item.units)} for item in self.sizes],
-            "tensors": [vars(info) for info in self.tensors],
+            "tensors": [{**vars(info)} for info in self.tensors],
             "products": [{**vars(p), "axes": [_to_runs(axis) for axis in p.axes]} for p in self.products],
             "split": self.split,
         }

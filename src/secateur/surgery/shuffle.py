@@ -31,7 +31,7 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
             continue
         low, high = torch.aminmax(tensor.kept if isinstance(tensor, Widened) else tensor.detach())
         small = bool(low > -1e-3 and high < 1e-3)
-        if small or low == high:
+        if small or (low == high and tensor.numel() > 1):  # no unit hides in one number, and it may be a count
             noise = torch.rand(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
             new[name] = 0.1 + 0.2 * noise if small else tensor.detach() * (0.9 + 0.2 * noise)
     return share(model, new)

@@ -44,11 +44,12 @@ class Widened(Tensor):
     @staticmethod
     def __new__(cls, kept: Tensor, places: Places = MappingProxyType({})) -> Widened:
         shape = [len(places[dim]) if dim in places else size for dim, size in enumerate(kept.shape)]
-        strides = None if places else kept.stride()
+        strides = None if places else torch.empty_like(kept, device="meta").stride()  # as `double` lays it out
         made: Widened = Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=torch.float64, device=kept.device
         )
-        made.kept, made.places = kept, places
+        torch._C._set_throw_on_mutable_data_ptr(made)  # an error to who asks for its memory, and not address 0
+        made.kept, made.places = kept.resolve_neg(), places
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -57,6 +58,20 @@ class Widened(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         made = memo[id(self)] = as_kind(type(self)(self.kept, self.places), self)
         return made
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor; what is assigned to it is no op that could be seen."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is self:
+            return
+        if value.shape != self.shape:
+            raise RuntimeError(f"a weight of shape {tuple(self.shape)} cannot become one of {tuple(value.shape)}")
+        given = value if isinstance(value, Widened) else Widened(value.detach())
+        self.kept, self.places = given.kept, given.places
 
     def reorder(self, dim: int, places: Ids) -> None:
         """From now on index i along `dim` is what was at `places[i]`, a permutation."""
@@ -74,18 +89,19 @@ class Widened(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # as a parameter is made
             return cls(args[0].kept, args[0].places)
-        read: list[tuple[Widened, Tensor]] = []
+        read: dict[int, tuple[Widened, Tensor]] = {}
 
         def widen(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, cls):
-                read.append((tensor, widest(tensor)))
-                return read[-1][1]
-            return tensor
+            if not isinstance(tensor, cls):
+                return tensor
+            if id(tensor) not in read:
+                read[id(tensor)] = tensor, widest(tensor)
+            return read[id(tensor)][1]
 
         args, kwargs = map_tensors(widen, (tuple(args), dict(kwargs or {})))
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
-            for held, wide in read:
+            for held, wide in read.values():
                 held.kept, held.places = wide, {}
         return result
 
@@ -108,7 +124,8 @@ def widest(tensor: Tensor) -> Tensor:
 def widened(model: nn.Module) -> nn.Module:
     """A copy of the model in float64 and eval mode: parameters `Widened`, on the model's memory; buffers copied."""
     low = low_tensors(model)
-    wide = {id(t): as_kind(Widened(t.detach()) if isinstance(t, nn.Parameter) else t.double(), t) for t in low}
+    made = [Widened(t.detach()) if isinstance(t, nn.Parameter) else t.detach().double() for t in low]
+    wide = {id(old): as_kind(new, old) for old, new in zip(low, made)}
     return duplicate(model, wide).double().eval()
 
 
@@ -134,9 +151,11 @@ def _writes_to_weights(trace: Trace) -> bool:
     """Whether a run writes into a parameter, also by a view of it."""
     held = {number for number, value in enumerate(trace.values) if value.origin == "parameter"}
     for call in trace.calls:
-        for argument, given in zip(call.op._schema.arguments, call.args):
-            if argument.alias_info is not None and held.intersection(ref.id for ref in refs_in(given)):
-                if argument.alias_info.is_write:
+        arguments = call.op._schema.arguments
+        given = {**dict(zip((argument.name for argument in arguments), call.args)), **call.kwargs}
+        for name, alias in ((argument.name, argument.alias_info) for argument in arguments):
+            if alias is not None and held.intersection(ref.id for ref in refs_in(given.get(name))):
+                if alias.is_write:
                     return True
                 held |= {ref.id for ref in call.outputs if ref is not None}
     return False
